@@ -1,0 +1,42 @@
+"""LoRA's fields in a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from luthier.strict import Strict
+from luthier.types import AdapterSpec
+
+
+class LoraConfig(Strict):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): y = W x + (alpha / r) B A x."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    """Rank r of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) if rank_stabilized)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of input features dropped on the low-rank branch while training."""
+    rank_stabilized: bool = False
+    """rsLoRA: scale by alpha / sqrt(rank), which keeps learning stable at high ranks (arXiv:2312.03732)."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers to adapt, by the end of their names, as in [q_proj, v_proj]; or all but the output layer."""
+    modules_to_save: list[str] = []
+    """Modules trained in full besides, by the end of their names, as in [lm_head]."""
+    new_tokens: list[str] = []
+    """Tokens added to the vocabulary (or found in it), whose embeddings are trained."""
+
+    def adapter_spec(self) -> AdapterSpec:
+        """The plain values for the engine; new tokens' ids and classes are filled in once the tokenizer is known."""
+        return AdapterSpec(
+            method=self.type,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            rank_stabilized=self.rank_stabilized,
+            targets=self.targets if isinstance(self.targets, str) else tuple(self.targets),
+            modules_to_save=tuple(self.modules_to_save),
+        )

@@ -1,0 +1,16 @@
+"""Every task's config behind one discriminated field: `task: {type: ...}`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.tasks.chat.schema import ChatConfig
+from luthier.tasks.classification.schema import ClassificationConfig
+from luthier.tasks.completion.schema import CompletionConfig
+from luthier.tasks.text.schema import TextConfig
+
+TaskConfig = Annotated[
+    ChatConfig | CompletionConfig | TextConfig | ClassificationConfig, Field(discriminator="type")
+]

@@ -1,0 +1,113 @@
+"""The values that pass from one stage to the next, without torch and without pydantic.
+
+Everything here is a plain frozen dataclass over numpy, so that data checks run without loading torch and the engine runs
+without loading pydantic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Objective = Literal["language_modelling", "sequence_head"]
+
+NO_CLASS = -1
+"""`Example.class_index` of an example that has no class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence as the engine trains on it.
+
+    Attributes:
+        tokens: int32 [length]. Token ids, BOS included where the model wants one.
+        weights: float32 [length]. `weights[i]` is the loss weight of predicting `tokens[i]` from what stands before it
+            (labels are unshifted; the engine shifts them in one place). `weights[0]` is always 0. All 0 for objectives
+            that do not model language.
+        class_index: The target of the sequence head, or `NO_CLASS`.
+        row: Index (from 0) of the source record in its dataset; several examples may share one.
+    """
+
+    tokens: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    class_index: int = NO_CLASS
+    row: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.shape[0])
+
+
+class Examples(Protocol):
+    """A random-access collection of examples: a memory-mapped store, or a list in tests."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is asked on one held-out record, and the answer that counts as right.
+
+    Attributes:
+        tokens: int32 [length]. The rendered prompt, ready to be continued.
+        reference: The expected continuation as text.
+        text: The prompt as a person would read it, for reports.
+        row: Index of the record in its dataset.
+    """
+
+    tokens: NDArray[np.int32]
+    reference: str
+    text: str
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """How a slot of the bank changes the base: plain values, already validated.
+
+    Attributes:
+        method: Name of a bank method ("lora").
+        rank: Rank r of the update.
+        alpha: Numerator of the scaling; the update is multiplied by alpha / r, or alpha / sqrt(r) if `rank_stabilized`.
+        dropout: Probability of dropping an input feature of the low-rank branch while training.
+        rank_stabilized: rsLoRA scaling (Kalajdzievski 2023, arXiv:2312.03732).
+        targets: "all-linear" (every linear layer but the output layer), or module-name suffixes.
+        modules_to_save: Names of modules trained in full, a copy a slot.
+        new_tokens: Token ids whose embedding rows the slot trains; ids past the base's vocabulary are new rows.
+        num_classes: Size of the sequence head, or None for none.
+    """
+
+    method: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    targets: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    new_tokens: tuple[int, ...] = ()
+    num_classes: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSpec:
+    """How a job is trained: plain values, already validated. Units are in the names."""
+
+    epochs: float = 2.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    micro_batch_tokens: int | None = None
+    learning_rate: float = 5e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_learning_rate_ratio: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 42
