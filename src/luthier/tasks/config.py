@@ -11,6 +11,4 @@ from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.completion.schema import CompletionConfig
 from luthier.tasks.text.schema import TextConfig
 
-TaskConfig = Annotated[
-    ChatConfig | CompletionConfig | TextConfig | ClassificationConfig, Field(discriminator="type")
-]
+TaskConfig = Annotated[ChatConfig | CompletionConfig | TextConfig | ClassificationConfig, Field(discriminator="type")]

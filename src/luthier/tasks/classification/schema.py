@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from luthier.strict import Strict
 
@@ -13,3 +15,20 @@ class ClassificationConfig(Strict):
     type: Literal["classification"] = "classification"
     labels: list[str] | None = None
     """The classes in order; null takes those found in the training rows, sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text and the name of its class."""
+
+    text: str
+    label: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"text": self.text, "label": self.label}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LabelledText:
+        """The labelled text that `to_json` wrote."""
+        return cls(value["text"], value["label"])

@@ -1,0 +1,250 @@
+"""The resident base: loaded once, frozen, never written, run packed where a probe shows that it may.
+
+Shapes: T tokens, N sequences, L longest sequence, P rows kept for the output layer, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.base.attention import PACKED_ATTENTION
+from luthier.base.rope import PerSequenceRotary, wrap_longrope
+from luthier.engine.bank import Bank, Routing
+from luthier.engine.pack import PackedBatch, Segment
+from luthier.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a forward gives: hidden_TD for every token, and logits_PV where the base's own head had to compute them."""
+
+    hidden_TD: Tensor
+    logits_PV: Tensor | None
+
+
+class Base:
+    """A frozen base with its bank.
+
+    Attributes:
+        model: The causal language model of transformers, wrapped by the bank.
+        bank: The slots.
+        device, dtype: Where and how the weights are held.
+        is_packed: Whether sequences run flat; otherwise padded, because the probe failed (`packing_problem` says why).
+        head_is_plain: Whether logits are hidden x weight^T of the output layer and nothing else.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path | None = None, *, use_reference: bool = False) -> None:
+        from luthier.base.probe import probe
+
+        model.requires_grad_(False)
+        model.eval()
+        self.model: Any = model
+        self.folder = folder
+        self.config: Any = model.config
+        embedding = self.model.get_input_embeddings().weight
+        self.device: torch.device = embedding.device
+        self.dtype: torch.dtype = embedding.dtype
+        self.vocabulary_size, self.hidden_size = embedding.shape
+        self._attention = self.config._attn_implementation
+        self._rotaries: list[PerSequenceRotary] = wrap_longrope(model)
+        self.bank = Bank(model, use_reference=use_reference)
+        self._output_layer: nn.Module | None = self.model.get_output_embeddings()
+        self.is_packed = True
+        self.head_is_plain = False
+        self.packing_problem = ""
+        findings = probe(self)
+        self.is_packed, self.packing_problem = not findings.problem, findings.problem
+        self.head_is_plain = findings.head_is_plain
+        if findings.problem:
+            logger.warning("this base runs padded: %s", findings.problem)
+        if not use_reference:
+            for names in findings.shared_inputs:
+                self.bank.group(names)
+
+    @property
+    def num_parameters(self) -> int:
+        slots = {id(p) for slot in self.bank.slots.values() for p in slot.parameters().values()}
+        return sum(p.numel() for p in self.model.parameters() if id(p) not in slots)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    # -- running
+
+    def routing(self, batch: PackedBatch, *, training: bool) -> Routing:
+        """How this batch's rows lie in the layout that the base runs in."""
+        if self.is_packed:
+            segments, row_lengths = batch.segments, batch.lengths
+        else:
+            row_lengths = (batch.max_length,) * batch.num_sequences
+            segments = _sequence_segments(batch.slots, batch.max_length)
+        return Routing(segments, batch.target_segments, batch.draws, row_lengths, training)
+
+    def forward(self, batch: PackedBatch, *, keep: Tensor | None = None, cache: Any = None) -> Forward:
+        """Run the batch. Call inside `bank.routed(...)`.
+
+        Args:
+            keep: int64 [P], flat token indices whose logits the model's own head must compute where it is not plain.
+            cache: The sampler's key-value cache (packed bases only).
+        """
+        self._classify_rotary(batch, cache)
+        wants_logits = keep is not None and not self.head_is_plain
+        inputs = self._packed_inputs(batch, cache) if self.is_packed else self._padded_inputs(batch)
+        at_T = None if self.is_packed else self._padded_index(batch)
+        self.config._attn_implementation = PACKED_ATTENTION if self.is_packed else self._attention
+        try:
+            if not wants_logits:
+                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+                return Forward(self._flat(hidden, at_T), None)
+            return self._forward_with_head(inputs, keep, at_T)
+        finally:
+            self.config._attn_implementation = self._attention
+
+    def _forward_with_head(self, inputs: dict[str, Any], keep_P: Tensor, at_T: Tensor | None) -> Forward:
+        captured: list[Tensor] = []
+        hook = self.model.base_model.register_forward_hook(lambda _m, _i, out: captured.append(out.last_hidden_state))
+        try:
+            if at_T is None:
+                logits_PV = self.model(**inputs, use_cache=False, logits_to_keep=keep_P).logits[0]
+            else:
+                # Rows of a padded batch keep different positions: keep every position that any row needs.
+                length = inputs["input_ids"].shape[1]
+                padded_P = at_T[keep_P]
+                columns, column_P = torch.unique(padded_P % length, return_inverse=True)
+                logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits
+                logits_PV = logits[padded_P // length, column_P]
+        finally:
+            hook.remove()
+        return Forward(self._flat(captured[0], at_T), logits_PV)
+
+    def logits(self, hidden_PD: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+        """Logits [P, V] of hidden states by the output layer, each row with its own slot's changes to it.
+
+        Only where `head_is_plain`; otherwise `forward(keep=...)` gives the logits.
+        """
+        if not self.head_is_plain:
+            raise ValueError("this base's head is not a plain linear layer: ask forward() for its logits")
+        routing = Routing(segments=(), head_segments=segments)
+        with self.bank.routed(routing):
+            return self.model.get_output_embeddings()(hidden_PD)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """The output layer's frozen weight."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def head_bias_V(self) -> Tensor | None:
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    # -- layouts
+
+    def _packed_inputs(self, batch: PackedBatch, cache: Any) -> dict[str, Any]:
+        inputs = {
+            "input_ids": batch.tokens_T[None],
+            "position_ids": batch.positions_T[None],
+            "cu_seq_lens_q": batch.offsets_N1,
+            "cu_seq_lens_k": batch.offsets_N1,
+            "max_length_q": batch.max_length,
+            "max_length_k": batch.max_length,
+        }
+        return inputs if cache is None else inputs | {"luthier_cache": cache}
+
+    def _padded_inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        length, num_rows = batch.max_length, batch.num_sequences
+        at_T = self._padded_index(batch)
+        pad = self.config.pad_token_id if getattr(self.config, "pad_token_id", None) is not None else 0
+        tokens = torch.full((num_rows * length,), pad, dtype=torch.int64, device=self.device)
+        tokens[at_T] = batch.tokens_T
+        mask = torch.zeros(num_rows * length, dtype=torch.int64, device=self.device)
+        mask[at_T] = 1
+        return {"input_ids": tokens.view(num_rows, length), "attention_mask": mask.view(num_rows, length)}
+
+    def _padded_index(self, batch: PackedBatch) -> Tensor:
+        lengths = torch.tensor(batch.lengths, device=self.device)
+        rows_T = torch.arange(batch.num_sequences, device=self.device).repeat_interleave(lengths)
+        return rows_T * batch.max_length + batch.positions_T
+
+    @staticmethod
+    def _flat(hidden: Tensor, at_T: Tensor | None) -> Tensor:
+        return hidden[0] if at_T is None else hidden.flatten(0, 1)[at_T]
+
+    def _classify_rotary(self, batch: PackedBatch, cache: Any) -> None:
+        for rotary in self._rotaries:
+            totals = torch.tensor(cache.lengths_after(batch) if cache is not None else batch.lengths)
+            is_long_N = totals > rotary.short_positions
+            counts = torch.tensor(batch.lengths)
+            if self.is_packed:
+                rotary.is_long_BL = is_long_N.repeat_interleave(counts)[None].to(self.device)
+            else:
+                rotary.is_long_BL = is_long_N[:, None].expand(-1, batch.max_length).to(self.device)
+
+    def forget_rotary_classes(self) -> None:
+        """Let LongRoPE modules choose as transformers does, for a forward that does not come through this class."""
+        for rotary in self._rotaries:
+            rotary.is_long_BL = None
+
+    @property
+    def longrope_limit(self) -> int | None:
+        """Most positions of a sequence under LongRoPE's short factors, or None without LongRoPE."""
+        return self._rotaries[0].short_positions if self._rotaries else None
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block's activations in the backward instead of keeping them."""
+        if enabled:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self.model.is_gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
+        for module in self.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                # transformers recomputes only in modules in training mode; their children stay in evaluation mode.
+                module.training = enabled
+
+
+def load_base(
+    folder: Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", use_reference: bool = False
+) -> Base:
+    """Load a causal language model from a folder of safetensors.
+
+    Raises:
+        ModelError: when the folder holds no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            attn_implementation="sdpa",
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder} does not load as a causal language model: {error}",
+            "a folder with config.json and safetensors weights of an architecture that transformers knows",
+        ) from error
+    return Base(model.to(device), Path(folder), use_reference=use_reference)
+
+
+def _sequence_segments(slots: tuple[int, ...], rows_each: int) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    for index, slot in enumerate(slots):
+        start, end = index * rows_each, (index + 1) * rows_each
+        if segments and segments[-1].slot == slot:
+            start = segments.pop().start
+        segments.append(Segment(slot, start, end))
+    return tuple(segments)

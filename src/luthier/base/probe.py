@@ -1,0 +1,135 @@
+"""What a base turns out to be when it is loaded: may it run packed, is its head plain, which layers share an input.
+
+A packed forward is held against separate ones on sequences longer than any sliding window, and the packed attention must
+have been called once a layer. An architecture that shifts positions, keeps its own attention or leaks state between
+neighbours fails here, and runs padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.engine.pack import BASE_SLOT, PackItem, pack
+from luthier.types import Example
+
+if TYPE_CHECKING:
+    from luthier.base.load import Base
+
+LONGEST_WINDOW = 512
+"""A window past this many tokens is probed at a shorter length, for the time it would take: the window's own arithmetic is
+the same code at any size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Attributes:
+    problem: Why packed running is out, or an empty string.
+    head_is_plain: Whether logits are hidden x output weight^T (+ bias) and nothing else.
+    shared_inputs: Groups of linear layers that read one and the same tensor.
+    """
+
+    problem: str
+    head_is_plain: bool
+    shared_inputs: tuple[tuple[str, ...], ...]
+
+
+@torch.no_grad()
+def probe(base: Base) -> Findings:
+    """Run the base on a few random sequences, packed and apart."""
+    examples = _examples(base)
+    apart, hidden, logits = _separately(base, examples)
+    problem = _packing_problem(base, examples, apart)
+    return Findings(problem, _head_is_plain(base, hidden, logits), _shared_inputs(base, examples[0]))
+
+
+def _examples(base: Base) -> list[Example]:
+    window = getattr(base.config, "sliding_window", None) or 0
+    lengths = [5, 17, window + 9 if 0 < window <= LONGEST_WINDOW else 33]
+    limit = base.longrope_limit
+    if limit is not None and limit <= LONGEST_WINDOW:
+        lengths.append(limit + 7)  # one sequence of LongRoPE's long class beside short ones
+    random = np.random.default_rng(0)
+    top = min(base.vocabulary_size, 32_000)
+    return [
+        Example(random.integers(0, top, size=n).astype(np.int32), np.zeros(n, dtype=np.float32)) for n in lengths
+    ]
+
+
+def _separately(base: Base, examples: list[Example]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Each sequence's hidden states by the model's own attention; and the first one's logits."""
+    states = [_alone(base, example, base.model.base_model).last_hidden_state[0] for example in examples]
+    return states, states[0], _alone(base, examples[0], base.model).logits[0]
+
+
+def _alone(base: Base, example: Example, module: nn.Module) -> Any:
+    tokens = torch.from_numpy(example.tokens.astype(np.int64))[None].to(base.device)
+    base.forget_rotary_classes()
+    return module(input_ids=tokens, use_cache=False)
+
+
+def _packing_problem(base: Base, examples: list[Example], apart: list[Tensor]) -> str:
+    from luthier.base import attention
+
+    calls = 0
+    original = attention.packed_attention
+
+    def counted(*args: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*args, **named)
+
+    batch = pack([PackItem(example, BASE_SLOT) for example in examples], base.device)
+    attention.AttentionInterface.register(attention.PACKED_ATTENTION, counted)
+    try:
+        packed = base.forward(batch).hidden_TD
+    except Exception as error:  # any failure of a foreign architecture means the same: do not pack it
+        return f"its packed forward fails ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    finally:
+        attention.AttentionInterface.register(attention.PACKED_ATTENTION, original)
+    num_layers = base.config.get_text_config().num_hidden_layers
+    if calls != num_layers:
+        return f"its attention was called {calls} times for {num_layers} layers"
+    expected = torch.cat(apart).double()
+    difference = (packed.double() - expected).norm() / expected.norm()
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(base.dtype, 3e-2)
+    if not difference < tolerance:
+        return f"packed hidden states differ from separate ones by {difference:.1e} (relative; allowed {tolerance:.0e})"
+    return ""
+
+
+def _head_is_plain(base: Base, hidden_LD: Tensor, logits_LV: Tensor) -> bool:
+    head = base.model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    own = F.linear(hidden_LD, head.weight, head.bias)
+    return own.shape == logits_LV.shape and torch.allclose(own, logits_LV, rtol=1e-3, atol=1e-3)
+
+
+def _shared_inputs(base: Base, example: Example) -> tuple[tuple[str, ...], ...]:
+    """Neighbouring linear layers of one parent that were called one after another with the same tensor."""
+    calls: list[tuple[str, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _m, args, name=name: calls.append((name, args[0])))
+        for name, module in base.bank.linears.items()
+    ]
+    try:
+        _alone(base, example, base.model.base_model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[tuple[str, Tensor]]] = []
+    for name, given in calls:
+        parent = name.rpartition(".")[0]
+        if groups and groups[-1][-1][1] is given and groups[-1][-1][0].rpartition(".")[0] == parent:
+            groups[-1].append((name, given))
+        else:
+            groups.append([(name, given)])
+    names = [tuple(name for name, _ in group) for group in groups]
+    once = len({name for group in names for name in group}) == len(calls)
+    return tuple(group for group in names if len(group) > 1) if once else ()

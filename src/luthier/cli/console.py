@@ -1,0 +1,76 @@
+"""Where the command line writes: results on standard output, all else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from luthier.errors import LuthierError
+
+_VERDICT_STYLES = {"better": "green", "worse": "red"}
+
+
+def out() -> Console:
+    """A console over the present standard output, for results."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def err() -> Console:
+    """A console over the present standard error, for everything that is not a result."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Write `value` as one indented JSON document on standard output."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def print_error(error: LuthierError) -> None:
+    """Write an error's parts on standard error; what was found stands out on a terminal."""
+    first, *more = error.message.split("\n")
+    text = Text("error: ", style="bold red")
+    text.append(first, style="bold")
+    for line in more:
+        label, separator, rest = line.partition(":")
+        known = separator and label.strip() in ("expected", "to fix")
+        text.append("\n")
+        text.append(label + separator if known else line, style="green" if known else "")
+        text.append(rest if known else "", style="not bold")
+    # soft_wrap: a path or a command must stay on one line, to be copied.
+    err().print(text, soft_wrap=True)
+
+
+def facts_table(title: str, rows: list[tuple[str, str]]) -> Table:
+    """Names and values in two columns under a title."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def print_scores(evaluation: Mapping[str, Any], console: Console) -> None:
+    """The headline and the table of base against tuned; nothing where nothing was judged."""
+    from luthier.evaluate.summary import headline, summary_table
+
+    header, *rows = summary_table(evaluation)
+    if not rows:
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if place == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_VERDICT_STYLES.get(cell, "")) for cell in row))
+    console.print(table)
+    if sentence := headline(evaluation):
+        console.print(Text(sentence, style="bold"), soft_wrap=True)

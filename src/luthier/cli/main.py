@@ -1,0 +1,69 @@
+"""The command `luthier`: its verbs, and what becomes of an error."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from luthier import __version__
+from luthier.cli.chat import chat_command
+from luthier.cli.check import check_command
+from luthier.cli.console import print_error
+from luthier.cli.doctor import doctor_command
+from luthier.cli.eval import eval_command
+from luthier.cli.export import export_command
+from luthier.cli.init import init_command
+from luthier.cli.models import models_command
+from luthier.cli.train import train_command
+from luthier.errors import LuthierError
+
+app = typer.Typer(
+    name="luthier",
+    help="Fine-tune open language models, many jobs on one frozen base.",
+    no_args_is_help=True,
+    add_completion=False,
+    # An unexpected error keeps its plain traceback: it is what a bug report needs.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"luthier {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Fine-tune open language models, many jobs on one frozen base."""
+
+
+app.command("init")(init_command)
+app.command("check")(check_command)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("chat")(chat_command)
+app.command("export")(export_command)
+app.command("models")(models_command)
+app.command("doctor")(doctor_command)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 an error that the user can mend, 130 interrupted, 1 a defect."""
+    try:
+        app()
+    except LuthierError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

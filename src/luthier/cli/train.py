@@ -1,0 +1,72 @@
+"""`luthier train RECIPE...`: tune, judge, and say where the result is."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from luthier.cli.console import err, out, print_json, print_scores
+from luthier.cli.progress import choose_progress
+
+if TYPE_CHECKING:
+    from luthier.worker.train import RunResult
+
+
+def train_command(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Recipe files. Those with the same base train together.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Override a field of every recipe, as in --set train.epochs=3."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result alone.")] = False,
+) -> None:
+    """Tune a base on the recipe's data, and judge base and tuned model on held-out rows."""
+    from luthier.recipe import load_recipe
+
+    overrides = overrides or []
+    loaded = [load_recipe(name, overrides) for name in recipes]
+    progress = choose_progress(quiet=quiet)
+    progress.stage("Starting")
+    try:
+        from luthier.worker.train import train
+
+        results = train(loaded, resume=resume, progress=progress)
+    except KeyboardInterrupt:
+        progress.close()
+        err().print(Text(f"Stopped. Go on with: {_resume_command(recipes, overrides)}"), soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        progress.close()
+    if json:
+        print_json([result.to_json() for result in results] if len(results) > 1 else results[0].to_json())
+    else:
+        for result in results:
+            _print_result(result)
+    if any(result.status == "failed" for result in results):
+        raise typer.Exit(2)
+
+
+def _resume_command(recipes: list[str], overrides: list[str]) -> str:
+    settings = [part for override in overrides for part in ("--set", override)]
+    return shlex.join(["luthier", "train", *recipes, *settings, "--resume"])
+
+
+def _print_result(result: RunResult) -> None:
+    console = out()
+    print_scores(result.evaluation, console)
+    run = shlex.quote(str(result.folder))
+    lines = [
+        f"Adapter  {result.folder / 'adapter'}",
+        f"Report   {result.folder / 'report.html'}",
+        f"Chat     luthier chat {run}",
+    ]
+    console.print(Text("\n".join(lines)), soft_wrap=True)

@@ -1,0 +1,108 @@
+"""The engine: many jobs on one resident base, one forward and one backward for all of them at a time.
+
+    engine = Engine(base)
+    engine.add(TrainingJob("a", base.bank.add(spec, seed), examples, train_spec))
+    while engine.has_work:
+        for report in engine.step():
+            ...
+
+Jobs come, pause, resume, and leave between any two calls of `step`. Evaluation, checkpoints and reports are the caller's.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from luthier.base.load import Base
+from luthier.engine.job import StepReport, TrainingJob
+from luthier.engine.pack import pack
+from luthier.engine.planner import Offer, plan
+from luthier.engine.step import train_step
+
+DEFAULT_BUDGET_TOKENS = 4096
+
+
+class Engine:
+    """Trains jobs on `base`.
+
+    Args:
+        base: The resident base.
+        budget_tokens: Most tokens in one joint forward.
+    """
+
+    def __init__(self, base: Base, budget_tokens: int = DEFAULT_BUDGET_TOKENS) -> None:
+        self.base = base
+        self.budget_tokens = budget_tokens
+        self.jobs: dict[str, TrainingJob] = {}
+        self._served: dict[str, int] = {}
+
+    def add(self, job: TrainingJob) -> None:
+        """Take a job in. It starts level with the least served of the others, so that it neither jumps nor waits."""
+        if job.name in self.jobs:
+            raise ValueError(f"a job named {job.name} is here already")
+        others = [self._served[name] for name, other in self.jobs.items() if other.is_active]
+        self._served[job.name] = min(others, default=0)
+        self.jobs[job.name] = job
+
+    def remove(self, name: str) -> TrainingJob:
+        """Let a job go, wherever it stands; what a half-done optimizer batch had gathered is dropped."""
+        job = self.jobs.pop(name)
+        job.restart_step()
+        del self._served[name]
+        return job
+
+    @property
+    def has_work(self) -> bool:
+        return any(job.is_active for job in self.jobs.values())
+
+    def step(self) -> list[StepReport]:
+        """Run one forward and backward; returns a report for each job whose optimizer batch it completed.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: when even one sequence of one job does not fit in memory.
+        """
+        active = {name: job for name, job in self.jobs.items() if job.is_active}
+        chosen = plan([self._offer(job) for job in active.values()], self.budget_tokens)
+        jobs = [active[name] for name in chosen]
+        micro = [job.next_micro_batch() for job in jobs]
+        batch = pack([item for items in micro for item in items], self.base.device)
+        started = time.perf_counter()
+        try:
+            reports = train_step(self.base, batch, {job.slot.index: job.denominator for job in jobs})
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._make_room(jobs, error)
+            return []
+        seconds = time.perf_counter() - started
+        finished = []
+        for job in jobs:
+            report = reports[job.slot.index]
+            self._served[job.name] += report.num_tokens
+            done = job.accumulate(report, seconds * report.num_tokens / batch.num_tokens)
+            if done is not None:
+                finished.append(done)
+        return finished
+
+    def _offer(self, job: TrainingJob) -> Offer:
+        items = job.next_micro_batch()
+        return Offer(job.name, sum(item.example.num_tokens for item in items), self._served[job.name])
+
+    def _make_room(self, jobs: list[TrainingJob], error: RuntimeError) -> None:
+        """Memory ran short: first run fewer jobs together, then halve the micro-batch of the one that is left."""
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for job in jobs:
+            job.restart_step()
+        if len(jobs) > 1:
+            self.budget_tokens = max(1, self.budget_tokens // 2)
+        elif not jobs[0].shrink_micro_batch():
+            raise error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed for want of memory, on a GPU or a CPU."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in text

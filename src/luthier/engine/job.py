@@ -1,0 +1,228 @@
+"""One job as the engine sees it: a slot, examples, an optimizer, and a cursor that is nothing but the step number.
+
+Which examples make up step n, and where its micro-batches are cut, follows from the job's own seed and settings alone, so a
+job trains the same in any company and takes up exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from luthier.engine.optimizer import JobOptimizer
+from luthier.engine.pack import PackItem
+from luthier.engine.slot import Slot
+from luthier.engine.step import SlotReport
+from luthier.types import NO_CLASS, Example, Examples, TrainSpec
+
+DEFAULT_MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step of one job did.
+
+    Attributes:
+        job: The job's name.
+        step: Steps done, this one included.
+        epoch: Passes over the data done, as a fraction.
+        loss: Mean loss over the optimizer batch, before the step.
+        learning_rate, grad_norm: As used, and before clipping.
+        num_tokens, num_supervised_tokens: Of the optimizer batch.
+        seconds: Wall time of the forwards that the job took part in, shared out by tokens.
+    """
+
+    job: str
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_supervised_tokens: int
+    seconds: float
+
+
+State = Literal["running", "paused", "done", "failed", "stopped"]
+
+
+class TrainingJob:
+    """A job in the engine.
+
+    Args:
+        name: Unique among the engine's jobs.
+        slot: Its slot in the bank.
+        examples: What it trains on.
+        spec: How.
+    """
+
+    def __init__(self, name: str, slot: Slot, examples: Examples, spec: TrainSpec) -> None:
+        if len(examples) == 0:
+            raise ValueError(f"job {name} has no examples")
+        self.name = name
+        self.slot = slot
+        self.examples = examples
+        self.spec = spec
+        self.micro_batch_tokens = spec.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
+        self.steps_per_epoch = math.ceil(len(examples) / spec.batch_size)
+        self.total_steps = total_steps(len(examples), spec)
+        self.optimizer = JobOptimizer(slot.parameters(), spec, self.total_steps)
+        self.state: State = "running"
+        self.problem = ""
+        self.num_tokens_done = 0
+        self._pending: deque[list[PackItem]] = deque()
+        self._denominator = 0.0
+        self._totals = SlotReport(0.0, 0.0, 0, 0)
+        self._seconds = 0.0
+        self._watch = LossWatch()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.optimizer.num_steps
+
+    @property
+    def is_active(self) -> bool:
+        return self.state == "running" and self.step < self.total_steps
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether no part of an optimizer batch has been accumulated: the moment to save, pause or leave."""
+        return self._totals.num_tokens == 0
+
+    def batch_indices(self, step: int) -> np.ndarray:
+        """Indices of the examples of optimizer step `step` (from 0): epochs are shuffled apart, the last batch is smaller."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.spec.seed, epoch]).permutation(len(self.examples))
+        return order[within * self.spec.batch_size : (within + 1) * self.spec.batch_size]
+
+    def next_micro_batch(self) -> list[PackItem]:
+        """The sequences that this job wants in the next forward."""
+        if not self._pending:
+            self._begin_step()
+        return self._pending[0]
+
+    @property
+    def denominator(self) -> float:
+        """Total weight of the current optimizer batch."""
+        return self._denominator
+
+    def accumulate(self, report: SlotReport, seconds: float) -> StepReport | None:
+        """Take in the report on `next_micro_batch()`; the last one of an optimizer batch steps the optimizer."""
+        self._pending.popleft()
+        totals = self._totals
+        self._totals = SlotReport(
+            totals.nll_sum + report.nll_sum,
+            totals.weight_sum + report.weight_sum,
+            totals.num_tokens + report.num_tokens,
+            totals.num_supervised_tokens + report.num_supervised_tokens,
+        )
+        self._seconds += seconds
+        return None if self._pending else self._finish_step()
+
+    def restart_step(self) -> None:
+        """Drop what the current optimizer batch has accumulated, so that it starts again from its first micro-batch."""
+        self.optimizer.zero_grad()
+        self._pending.clear()
+        self._totals = SlotReport(0.0, 0.0, 0, 0)
+        self._seconds = 0.0
+
+    def shrink_micro_batch(self) -> bool:
+        """Halve the micro-batch for want of memory and restart the step; False when it is down to one sequence."""
+        self._begin_step()
+        largest = max(sum(item.example.num_tokens for item in micro) for micro in self._pending)
+        can_shrink = any(len(micro) > 1 for micro in self._pending)
+        self.restart_step()
+        if can_shrink:
+            self.micro_batch_tokens = max(16, min(self.micro_batch_tokens, largest) // 2)
+        return can_shrink
+
+    def fail(self, problem: str) -> None:
+        """End the job with a reason; the others go on."""
+        self.restart_step()
+        self.state, self.problem = "failed", problem
+
+    # -- within a step
+
+    def _begin_step(self) -> None:
+        indices = self.batch_indices(self.step)
+        items = [
+            PackItem(self.examples[int(i)], self.slot.index, (self.spec.seed, self.step, int(i))) for i in indices
+        ]
+        self._denominator = sum(loss_weight(item.example) for item in items)
+        self._pending = deque(split_by_tokens(items, self.micro_batch_tokens))
+
+    def _finish_step(self) -> StepReport | None:
+        totals, seconds = self._totals, self._seconds
+        loss = totals.nll_sum / totals.weight_sum
+        problem = self._watch.problem(loss)
+        self._totals, self._seconds = SlotReport(0.0, 0.0, 0, 0), 0.0
+        if problem:
+            self.fail(problem)
+            return None
+        norm, rate = self.optimizer.step()
+        if not math.isfinite(norm):
+            self.fail(f"the gradient is not finite at step {self.step + 1}; {ADVICE}")
+            return None
+        self.num_tokens_done += totals.num_tokens
+        if self.step >= self.total_steps:
+            self.state = "done"
+        return StepReport(
+            self.name, self.step, self.step / self.steps_per_epoch, loss, rate, norm, totals.num_tokens,
+            totals.num_supervised_tokens, seconds,
+        )  # fmt: skip
+
+
+ADVICE = "lower train.learning_rate (try a tenth), or set train.warmup_steps, and look at the rows with `luthier check`"
+
+
+class LossWatch:
+    """Notices a loss that is not finite, or that has run away from where it started."""
+
+    WINDOW = 5
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.recent: deque[float] = deque(maxlen=self.WINDOW)
+
+    def problem(self, loss: float) -> str:
+        """Why training should end, or an empty string. Call once a step."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}; {ADVICE}"
+        self.recent.append(loss)
+        if self.first is None:
+            self.first = loss
+        mean = sum(self.recent) / len(self.recent)
+        # Worse than three times the start, and no small number: a good model's start may be near 0.
+        if len(self.recent) == self.WINDOW and mean > max(3.0 * self.first, 15.0):
+            return f"the loss has exploded: it began at {self.first:.3g} and its last mean is {mean:.3g}; {ADVICE}"
+        return ""
+
+
+def total_steps(num_examples: int, spec: TrainSpec) -> int:
+    """Optimizer steps of a job: batches of an epoch times epochs, rounded up, at most `max_steps`."""
+    steps = math.ceil(math.ceil(num_examples / spec.batch_size) * spec.epochs)
+    return min(steps, spec.max_steps) if spec.max_steps is not None else steps
+
+
+def loss_weight(example: Example) -> float:
+    """What an example adds to its job's denominator: its tokens' weights, and 1 for a class."""
+    return float(example.weights[1:].sum(dtype=np.float64)) + float(example.class_index != NO_CLASS)
+
+
+def split_by_tokens(items: list[PackItem], max_tokens: int) -> list[list[PackItem]]:
+    """Cut a list of sequences, in order, into parts of at most `max_tokens`; a longer sequence is a part by itself."""
+    parts: list[list[PackItem]] = []
+    room = 0
+    for item in items:
+        size = item.example.num_tokens
+        if not parts or size > room:
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(item)
+        room -= size
+    return parts

@@ -1,0 +1,157 @@
+"""What a job will need in memory, before it runs.
+
+Weights, adapters, gradients and optimizer state are counted. Activations are measured: a small forward under
+`saved_tensors_hooks` tells which tensors the backward keeps, for any architecture, and their bytes grow with the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from luthier.base.load import Base
+from luthier.engine.bank import Routing
+from luthier.engine.job import TrainingJob, split_by_tokens
+from luthier.engine.pack import PackItem, Segment, pack
+from luthier.engine.slot import Slot
+from luthier.types import Example
+
+PROBE_TOKENS = 64
+ADAM_BYTES = 2
+"""AdamW keeps two moments, each of a parameter's own size."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """All in bytes.
+
+    Attributes:
+        base: The resident weights.
+        adapters, gradients, optimizer: Of all the jobs together.
+        activations: What the largest joint forward keeps for its backward, with the output layer's chunk.
+        available: What the device has left for adapters, gradients, optimizer and activations; the base is loaded already.
+        per_token: Activations of one token.
+    """
+
+    base: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    available: int
+    per_token: int
+
+    @property
+    def needed(self) -> int:
+        """What is still to be taken once the base is loaded."""
+        return self.gradients + self.optimizer + self.activations
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapters + self.needed
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.available
+
+
+def activation_bytes_per_token(base: Base, slot: Slot) -> int:
+    """Bytes that the backward keeps for one token of `slot`, measured on a small batch without stepping anything."""
+    kept: dict[tuple[int, int], int] = {}
+    held: list[Tensor] = []
+    weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in slot.parameters().values()}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights | own:
+            kept[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
+            held.append(tensor)  # keeps the storage's address from being given to another tensor
+        return tensor
+
+    example = Example(np.zeros(PROBE_TOKENS, dtype=np.int32), np.zeros(PROBE_TOKENS, dtype=np.float32))
+    batch = pack([PackItem(example, slot.index)], base.device)
+    with base.bank.routed(base.routing(batch, training=False)), torch.autograd.graph.saved_tensors_hooks(count, _same):
+        base.forward(batch)
+    return sum(kept.values()) // PROBE_TOKENS
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that this process may still take on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(psutil.virtual_memory().available, _cgroup_room())
+
+
+def _cgroup_room() -> int:
+    """Room under a container's memory limit; practically unlimited where there is none."""
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            text = limit.read().strip()
+            return int(text) - int(current.read()) if text != "max" else 2**62
+    except (OSError, ValueError):
+        return 2**62
+
+
+def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> MemoryPlan:
+    """Predict what the jobs need together when a joint forward holds at most `budget_tokens`."""
+    parameters = sum(
+        p.numel() * p.element_size() for job in jobs for p in job.slot.parameters().values() if p.requires_grad
+    )
+    per_token = max(activation_bytes_per_token(base, job.slot) for job in jobs)
+    largest = sum(largest_micro_batch(job) for job in jobs)
+    alone = max(largest_micro_batch(job) for job in jobs)
+    tokens = max(alone, min(largest, budget_tokens))
+    # The output layer's chunk: logits and their gradient with respect to the hidden states.
+    head = 2 * 32 * 2**20 + 2 * tokens * base.hidden_size * 4
+    return MemoryPlan(
+        base=base.num_bytes,
+        adapters=parameters,
+        gradients=parameters,
+        optimizer=ADAM_BYTES * parameters,
+        activations=tokens * per_token + head,
+        available=available_bytes(base.device),
+        per_token=per_token,
+    )
+
+
+def largest_micro_batch(job: TrainingJob, num_batches: int = 200) -> int:
+    """Tokens in the largest micro-batch among the job's first batches."""
+    largest = 0
+    for step in range(min(job.total_steps, num_batches)):
+        items = [PackItem(job.examples[int(i)], job.slot.index) for i in job.batch_indices(step)]
+        for part in split_by_tokens(items, job.micro_batch_tokens):
+            largest = max(largest, sum(item.example.num_tokens for item in part))
+    return largest
+
+
+def fit_micro_batches(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int, margin: float = 0.8) -> int:
+    """Shrink micro-batches and the joint budget until the prediction fits `margin` of what is free.
+
+    The optimizer batch stays as it is. A user's own `micro_batch_tokens` is shrunk too when it would not fit.
+
+    Returns:
+        The joint budget, in tokens.
+    """
+    memory = plan_memory(base, jobs, budget_tokens)
+    fixed = memory.gradients + memory.optimizer + (memory.activations - _tokens(memory) * memory.per_token)
+    room = int((memory.available * margin - fixed) // max(1, memory.per_token))
+    budget = max(16, min(budget_tokens, room))
+    for job in jobs:
+        job.micro_batch_tokens = max(16, min(job.micro_batch_tokens, budget))
+    return budget
+
+
+def _tokens(memory: MemoryPlan) -> int:
+    return memory.activations // max(1, memory.per_token)

@@ -1,0 +1,93 @@
+"""One job's optimizer: AdamW over its own slot, with its own step count, schedule and clipping.
+
+Nothing is shared between jobs, so weight decay and moments of a slot that is not stepped do not move by one bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from luthier.types import TrainSpec
+
+
+class JobOptimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over the parameters of one slot.
+
+    Args:
+        parameters: The slot's parameters by name.
+        spec: Learning rate, schedule, betas, decay and clipping.
+        total_steps: Length of the schedule.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], spec: TrainSpec, total_steps: int) -> None:
+        self.parameters = parameters
+        self.spec = spec
+        self.total_steps = total_steps
+        self.num_steps = 0
+        self._adamw = torch.optim.AdamW(
+            list(parameters.values()), lr=spec.learning_rate, betas=spec.betas, eps=spec.eps,
+            weight_decay=spec.weight_decay, fused=True,
+        )  # fmt: skip
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next step uses."""
+        return learning_rate_at(self.num_steps, self.total_steps, self.spec)
+
+    def step(self) -> tuple[float, float]:
+        """Clip, step and clear the gradients.
+
+        Returns:
+            The gradient's 2-norm before clipping and the learning rate used. A gradient that is not finite is not applied.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        rate = self.learning_rate
+        value = float(norm)
+        if math.isfinite(value):
+            if self.spec.max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.spec.max_grad_norm, norm)
+            for group in self._adamw.param_groups:
+                group["lr"] = rate
+            self._adamw.step()
+            self.num_steps += 1
+        self.zero_grad()
+        return value, rate
+
+    def zero_grad(self) -> None:
+        self._adamw.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Both moments of every parameter, by name; `num_steps` is kept by the checkpoint."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if parameter in self._adamw.state:
+                    tensors[f"{name}.{moment}"] = self._adamw.state[parameter][moment]
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor], num_steps: int) -> None:
+        """Take up where `state()` and `num_steps` left off."""
+        self.num_steps = num_steps
+        if num_steps == 0:
+            return
+        for name, parameter in self.parameters.items():
+            self._adamw.state[parameter] = {
+                "step": torch.tensor(float(num_steps), device=parameter.device),
+                "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device, parameter.dtype).clone(),
+                "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device, parameter.dtype).clone(),
+            }
+
+
+def learning_rate_at(step: int, total_steps: int, spec: TrainSpec) -> float:
+    """The learning rate of step `step` (from 0): linear warm-up, then constant, linear or half-cosine decay to the floor."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / (spec.warmup_steps + 1)
+    if spec.schedule == "constant":
+        return spec.learning_rate
+    progress = min(1.0, (step - spec.warmup_steps) / max(1, total_steps - spec.warmup_steps))
+    share = 1.0 - progress if spec.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return spec.learning_rate * (spec.min_learning_rate_ratio + (1.0 - spec.min_learning_rate_ratio) * share)

@@ -1,0 +1,149 @@
+"""Examples of many jobs -> one flat batch, sorted by slot, without padding.
+
+Shapes: T tokens, N sequences, P supervised positions, C sequences with a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier.types import NO_CLASS, Example
+
+BASE_SLOT = -1
+"""The slot of sequences that run through the base without any adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of neighbours that belong to one slot: half-open bounds in some flat order."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackItem:
+    """One sequence on its way into a batch.
+
+    Attributes:
+        example: The tokens and what is learnt from them.
+        slot: The slot it belongs to, or `BASE_SLOT`.
+        draw: Key of its dropout masks: (job seed, optimizer step, example index). Company does not enter it.
+    """
+
+    example: Example
+    slot: int
+    draw: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Sequences of several jobs as the engine runs them.
+
+    Attributes:
+        tokens_T: int64. Token ids, sequence after sequence.
+        positions_T: int64. Each token's position within its own sequence.
+        offsets_N1: int32 [N + 1]. Token bounds of the sequences.
+        lengths: Tokens of each sequence.
+        slots: Slot of each sequence, ascending.
+        draws: Dropout key of each sequence.
+        segments: Token bounds of each slot.
+        target_at_P: int64. Flat index of the token whose hidden state predicts the target.
+        target_token_P: int64. The token to predict.
+        target_weight_P: float32. Its loss weight.
+        target_segments: Bounds of each slot within the P supervised positions.
+        class_at_C: int64. Flat index of the last token of each sequence that has a class.
+        class_index_C: int64. That class.
+        class_segments: Bounds of each slot within the C sequences with a class.
+        class_rows, target_rows: The sequence (0 to N-1) of each class and of each supervised position.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    offsets_N1: Tensor
+    lengths: tuple[int, ...]
+    slots: tuple[int, ...]
+    draws: tuple[tuple[int, int, int], ...]
+    segments: tuple[Segment, ...]
+    target_at_P: Tensor
+    target_token_P: Tensor
+    target_weight_P: Tensor
+    target_rows_P: Tensor
+    target_segments: tuple[Segment, ...]
+    class_at_C: Tensor
+    class_index_C: Tensor
+    class_rows_C: Tensor
+    class_segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens_T.shape[0])
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+
+def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> PackedBatch:
+    """Lay the items out flat, sorted by slot; items of one slot keep their order.
+
+    The shift from "weight of token i" to "hidden state i-1 predicts token i" happens here and nowhere else.
+
+    Raises:
+        ValueError: for no items, or an empty example.
+    """
+    if not items:
+        raise ValueError("a batch needs at least one sequence")
+    items = sorted(items, key=lambda item: item.slot)
+    lengths = [item.example.num_tokens for item in items]
+    if min(lengths) == 0:
+        raise ValueError("an example without tokens cannot be packed")
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.concatenate([item.example.tokens for item in items]).astype(np.int64)
+    weights = np.concatenate([item.example.weights for item in items]).astype(np.float32)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    rows = np.repeat(np.arange(len(items)), lengths)
+    slots = np.array([item.slot for item in items])
+    supervised = np.flatnonzero((weights > 0) & (positions > 0))
+    classes = np.array([item.example.class_index for item in items])
+    with_class = np.flatnonzero(classes != NO_CLASS)
+
+    def put(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    return PackedBatch(
+        tokens_T=put(tokens),
+        positions_T=put(positions),
+        offsets_N1=put(offsets.astype(np.int32)),
+        lengths=tuple(lengths),
+        slots=tuple(int(slot) for slot in slots),
+        draws=tuple(item.draw for item in items),
+        segments=_segments(slots[rows]),
+        target_at_P=put(supervised - 1),
+        target_token_P=put(tokens[supervised]),
+        target_weight_P=put(weights[supervised]),
+        target_rows_P=put(rows[supervised]),
+        target_segments=_segments(slots[rows[supervised]]),
+        class_at_C=put(offsets[1:][with_class] - 1),
+        class_index_C=put(classes[with_class]),
+        class_rows_C=put(with_class),
+        class_segments=_segments(slots[with_class]),
+    )
+
+
+def _segments(slots: np.ndarray) -> tuple[Segment, ...]:
+    if slots.size == 0:
+        return ()
+    starts = np.flatnonzero(np.concatenate([[True], slots[1:] != slots[:-1]]))
+    ends = np.concatenate([starts[1:], [slots.size]])
+    return tuple(Segment(int(slots[s]), int(s), int(e)) for s, e in zip(starts, ends, strict=True))

@@ -1,0 +1,167 @@
+"""One forward (and backward) over sequences of many slots, and what it says of each slot and sequence.
+
+Shapes: P supervised positions, C sequences with a class, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luthier.base.load import Base, Forward
+from luthier.engine.pack import PackedBatch
+from luthier.objectives.language_modelling import TokenScores, frozen_head_nll, next_token_nll_reference
+from luthier.objectives.sequence_head import class_logits, class_nll
+
+
+@dataclass(frozen=True, slots=True)
+class SlotReport:
+    """One slot's share of a forward.
+
+    Attributes:
+        nll_sum: Sum of weight x negative log-likelihood (or of the class losses).
+        weight_sum: Sum of the weights (or the number of sequences with a class).
+        num_tokens: Tokens that the slot put through the base.
+        num_supervised_tokens: Positions (or sequences) that carried loss.
+    """
+
+    nll_sum: float
+    weight_sum: float
+    num_tokens: int
+    num_supervised_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceReport:
+    """One sequence's scores.
+
+    Attributes:
+        nll_sum, weight_sum: As in `SlotReport`.
+        num_correct, num_targets: Targets that the likeliest prediction hits, of all.
+        predicted_class: The likeliest class, or -1 for an objective without classes.
+    """
+
+    nll_sum: float
+    weight_sum: float
+    num_correct: int
+    num_targets: int
+    predicted_class: int = -1
+
+
+def train_step(base: Base, batch: PackedBatch, denominators: Mapping[int, float]) -> dict[int, SlotReport]:
+    """Forward and backward; gradients add up in each slot's parameters.
+
+    Args:
+        denominators: Slot -> total weight of its whole optimizer batch. The slot's loss here is its weighted sum over that
+            total, so that however the optimizer batch is split, and whoever is in the batch, its gradient is the same.
+    """
+    with base.bank.routed(base.routing(batch, training=True)):
+        tokens, classes = _scores(base, batch)
+        total: Tensor | None = None
+        if tokens is not None:
+            scale_P = batch.target_weight_P / _per_row(batch.target_segments, denominators, batch.target_weight_P)
+            total = (tokens.nll_P * scale_P).sum()
+        if classes is not None:
+            ones_C = torch.ones_like(classes[0].nll_P)
+            part = (classes[0].nll_P / _per_row(batch.class_segments, denominators, ones_C)).sum()
+            total = part if total is None else total + part
+        if total is None:
+            raise ValueError("a batch without any supervised position has nothing to train on")
+        total.backward()
+    return _slot_reports(batch, tokens, classes[0] if classes is not None else None)
+
+
+@torch.inference_mode()
+def score(base: Base, batch: PackedBatch) -> list[SequenceReport]:
+    """Forward only: scores of every sequence, in the batch's order (sorted by slot)."""
+    with base.bank.routed(base.routing(batch, training=False)):
+        tokens, classes = _scores(base, batch)
+    sums = torch.zeros(4, batch.num_sequences, dtype=torch.float64, device=base.device)
+    predicted = torch.full((batch.num_sequences,), -1, dtype=torch.int64, device=base.device)
+    if tokens is not None:
+        weights_P = batch.target_weight_P.double()
+        values = (tokens.nll_P.double() * weights_P, weights_P, tokens.is_correct_P.double(), torch.ones_like(weights_P))
+        for row, value_P in zip(sums, values, strict=True):
+            row.index_add_(0, batch.target_rows_P, value_P)
+    if classes is not None:
+        scores, predicted_C = classes
+        ones_C = torch.ones_like(scores.nll_P, dtype=torch.float64)
+        for row, value_C in zip(sums, (scores.nll_P.double(), ones_C, scores.is_correct_P.double(), ones_C), strict=True):
+            row.index_add_(0, batch.class_rows_C, value_C)
+        predicted[batch.class_rows_C] = predicted_C
+    return [
+        SequenceReport(nll, weight, int(correct), int(count), int(cls))
+        for (nll, weight, correct, count), cls in zip(sums.t().tolist(), predicted.tolist(), strict=True)
+    ]
+
+
+def _scores(base: Base, batch: PackedBatch) -> tuple[TokenScores | None, tuple[TokenScores, Tensor] | None]:
+    has_tokens = batch.target_at_P.numel() > 0
+    result = base.forward(batch, keep=batch.target_at_P if has_tokens else None)
+    tokens = _token_scores(base, batch, result) if has_tokens else None
+    classes = _class_scores(base, batch, result) if batch.class_at_C.numel() > 0 else None
+    return tokens, classes
+
+
+def _token_scores(base: Base, batch: PackedBatch, result: Forward) -> TokenScores:
+    if result.logits_PV is not None:
+        return next_token_nll_reference(result.logits_PV, batch.target_token_P)
+    hidden_PD = result.hidden_TD[batch.target_at_P]
+    if base.bank.head_is_plain_for(batch.target_segments) and not base.bank.use_reference:
+        return frozen_head_nll(hidden_PD, base.head_weight_VD, base.head_bias_V, batch.target_token_P)
+    return next_token_nll_reference(base.logits(hidden_PD, batch.target_segments), batch.target_token_P)
+
+
+def _class_scores(base: Base, batch: PackedBatch, result: Forward) -> tuple[TokenScores, Tensor]:
+    pooled_CD = result.hidden_TD[batch.class_at_C]
+    nll, correct, predicted = [], [], []
+    for segment in batch.class_segments:
+        slot = base.bank.slots.get(segment.slot)
+        if slot is None or slot.head is None:
+            raise ValueError(f"slot {segment.slot} has no sequence head")
+        rows = slice(segment.start, segment.end)
+        logits_CK = class_logits(pooled_CD[rows], slot.head.weight)
+        scores = class_nll(logits_CK, batch.class_index_C[rows])
+        nll.append(scores.nll_P)
+        correct.append(scores.is_correct_P)
+        predicted.append(logits_CK.detach().argmax(dim=-1))
+    return TokenScores(torch.cat(nll), torch.cat(correct)), torch.cat(predicted)
+
+
+def _per_row(segments: tuple, denominators: Mapping[int, float], like: Tensor) -> Tensor:
+    out = torch.empty_like(like)
+    for segment in segments:
+        out[segment.start : segment.end] = denominators[segment.slot]
+    return out
+
+
+def _slot_reports(
+    batch: PackedBatch, tokens: TokenScores | None, classes: TokenScores | None
+) -> dict[int, SlotReport]:
+    nll: dict[int, float] = {}
+    weight: dict[int, float] = {}
+    count: dict[int, int] = {}
+    if tokens is not None:
+        weighted_P = tokens.nll_P.detach().double() * batch.target_weight_P
+        for segment in batch.target_segments:
+            rows = slice(segment.start, segment.end)
+            nll[segment.slot] = float(weighted_P[rows].sum())
+            weight[segment.slot] = float(batch.target_weight_P[rows].double().sum())
+            count[segment.slot] = segment.end - segment.start
+    if classes is not None:
+        for segment in batch.class_segments:
+            size = segment.end - segment.start
+            part = float(classes.nll_P[segment.start : segment.end].detach().double().sum())
+            nll[segment.slot] = nll.get(segment.slot, 0.0) + part
+            weight[segment.slot] = weight.get(segment.slot, 0.0) + size
+            count[segment.slot] = count.get(segment.slot, 0) + size
+    return {
+        segment.slot: SlotReport(
+            nll.get(segment.slot, 0.0), weight.get(segment.slot, 0.0), segment.end - segment.start,
+            count.get(segment.slot, 0),
+        )
+        for segment in batch.segments
+    }  # fmt: skip

@@ -1,0 +1,46 @@
+"""Fixtures shared by all tests: tiny models as folders, and the real default base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import write_tiny_llama, write_tiny_phi3, write_tiny_qwen3
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama's folder, output layer untied. Read only: it is shared by the whole session."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama's folder whose output layer is its embedding. Read only."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama-tied", tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama's folder whose tokenizer prepends BOS. Read only."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama-bos", add_bos=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Phi-3's folder with LongRoPE (32 of 128 positions) and a sliding window of 24. Read only."""
+    return write_tiny_phi3(tmp_path_factory.mktemp("models") / "tiny-phi3")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3's folder whose template drops earlier reasoning; embeddings tied. Read only."""
+    return write_tiny_qwen3(tmp_path_factory.mktemp("models") / "tiny-qwen3")
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Path:
+    """The folder of the catalogue's default model; use it only in tests marked `real`."""
+    from luthier.base.fetch import resolve
+
+    return resolve("smollm2-135m-instruct")
