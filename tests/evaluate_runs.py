@@ -103,7 +103,8 @@ def _write_common(run: Path, task: str, labels: list[str] | None = None) -> None
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     _write_lines(run / "metrics.jsonl", _metrics())
     result = {
-        "stopped_because": "finished",
+        "status": "done",
+        "stopped_because": "all steps done",
         "best_step": BEST_STEP,
         "seconds": {"load": 2.1, "check": 1.4, "judge_base": 38.0, "train": 171.0, "judge_tuned": 29.5, "save": 0.6},
         "num_trained_tokens": 412_345,
@@ -112,6 +113,7 @@ def _write_common(run: Path, task: str, labels: list[str] | None = None) -> None
         "num_trainable_parameters": 4_884_480,
         "num_base_parameters": 134_515_008,
         "device": "cpu",
+        "data_sha256": "ab" * 32,
     }
     _write_json(run / "result.json", result)
     _write_json(
@@ -169,7 +171,6 @@ def _data(labels: list[str]) -> dict[str, Any]:
         "num_duplicates": 4,
         "num_overlapping": 0,
         "warnings": ["2 rows have an empty system turn"],
-        "sha256": {"/home/someone/private/train.jsonl": "ab" * 32},
     }
 
 

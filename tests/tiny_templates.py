@@ -61,7 +61,9 @@ LLAMA3 = """\
 
 QWEN3 = """\
 {%- set ns = namespace(last_user=-1) %}
-{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last_user = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.last_user = loop.index0 %}{%- endif %}
+{%- endfor %}
 {%- for message in messages %}
     {%- set content = message.content if message.content is string else '' %}
     {%- if message.role == 'assistant' %}
@@ -108,7 +110,9 @@ MISTRAL = """\
 {%- else %}{%- set turns = messages %}{%- endif %}
 {{- bos_token }}
 {%- for message in turns %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles must alternate') }}{%- endif %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
     {%- if message['role'] == 'user' %}
         {%- if loop.last and system is defined %}{{- '[INST] ' + system + '\n\n' + message['content'] + '[/INST]' }}
         {%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}

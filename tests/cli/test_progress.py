@@ -40,10 +40,12 @@ def test_lines_are_few_and_name_loss_speed_and_time_left() -> None:
     assert 10 <= len(steps) <= 11
     assert steps[0].startswith("first: step 1/50, loss 2.0000, 178 tokens/s, learning rate 5.00e-04, ")
     assert steps[0].endswith(" left")
-    assert steps[-1].startswith("first: step 50/50") and steps[-1].endswith("0 s left")
+    assert steps[-1].startswith("first: step 50/50")
+    assert steps[-1].endswith("0 s left")
     assert sum("judging base, loss on 8 rows" in line for line in lines) == 1
     assert "warning: the micro-batch shrank to 512 tokens" in lines
-    assert lines[0] == "Loading the base" and lines[-1] == "first: done in 3 min"
+    assert lines[0] == "Loading the base"
+    assert lines[-1] == "first: done in 3 min"
 
 
 def test_time_left_after_a_resume_counts_only_steps_of_this_process() -> None:
@@ -78,7 +80,10 @@ def test_bars_show_the_figures_on_a_terminal() -> None:
     progress.evaluation("second", "validation loss", 1, 3)
     progress.close()
     text = stream.getvalue()
-    assert "loss 1.250" in text and "178 tokens/s" in text and "2/4" in text and "0/8" in text
+    assert "loss 1.250" in text
+    assert "178 tokens/s" in text
+    assert "2/4" in text
+    assert "0/8" in text
     assert "second: judging validation loss" in text
 
 
@@ -89,7 +94,8 @@ def test_brackets_in_messages_are_not_markup() -> None:
         progress.stage("reading [bold]data[/bold].jsonl")
         progress.note("fields [prompt]")
         progress.close()
-        assert "[bold]data[/bold]" in stream.getvalue() and "[prompt]" in stream.getvalue()
+        assert "[bold]data[/bold]" in stream.getvalue()
+        assert "[prompt]" in stream.getvalue()
 
 
 def test_the_whole_run_passes_on_a_terminal() -> None:
@@ -110,7 +116,8 @@ def test_the_watcher_fits_the_output(quiet: bool, terminal: bool, kind: type) ->
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     _run(choose_progress())
     captured = capsys.readouterr()
-    assert captured.out == "" and "Loading the base" in captured.err
+    assert captured.out == ""
+    assert "Loading the base" in captured.err
 
 
 def test_the_silent_watcher_needs_no_rich() -> None:

@@ -37,7 +37,9 @@ def write_csv(path: Path, rows: list[dict[str, str]], delimiter: str = ",") -> N
 
 WRITERS: dict[str, Callable[[Path, list[dict[str, str]]], None]] = {
     "jsonl": write_json_lines,
-    "json": lambda path, rows: path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8") and None,
+    "json": lambda path, rows: (
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8") and None
+    ),
     "csv": write_csv,
     "tsv": lambda path, rows: write_csv(path, rows, "\t"),
     "parquet": lambda path, rows: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path),
@@ -216,14 +218,14 @@ def test_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
 def test_memory_stays_flat_on_a_large_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"large.{kind}"
-    row = {"prompt": "some words " * 40, "completion": "more words " * 40}
-    num_rows = 40_000
+    row = {"prompt": "some words " * 200, "completion": "more words " * 200}
+    num_rows = 8_000
     if kind == "txt":
-        path.write_text(("some words " * 80 + "\n\n") * num_rows)
+        path.write_text(("some words " * 400 + "\n\n") * num_rows)
     elif kind == "parquet":
         with pyarrow.parquet.ParquetWriter(path, pyarrow.schema([(name, pyarrow.string()) for name in row])) as writer:
-            for start in range(0, num_rows, 1000):
-                block = [{**row, "prompt": f"{start + index} {row['prompt']}"} for index in range(1000)]
+            for start in range(0, num_rows, 200):
+                block = [{**row, "prompt": f"{start + index} {row['prompt']}"} for index in range(200)]
                 writer.write_table(pyarrow.Table.from_pylist(block))
     else:
         WRITERS[kind](path, [row] * num_rows)

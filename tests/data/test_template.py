@@ -159,19 +159,19 @@ def test_templates_run_in_a_sandbox(attack: str, tmp_path: Path) -> None:
     folder = write_family(tmp_path, "chatml")
     (folder / "chat_template.jinja").write_text(attack)
     renderer = Renderer.load(folder)
-    try:
-        assert renderer.render_chat(MESSAGES).strip() == ""  # an undefined attribute renders as nothing
-    except RowError as error:
-        assert error.kind == "template"
+    with pytest.raises(RowError) as caught:
+        renderer.render_chat(MESSAGES)
+    assert caught.value.kind == "template"
 
 
-def test_template_tools_of_transformers(tmp_path: Path) -> None:
+def test_what_transformers_offers_to_templates(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "chatml")
     (folder / "chat_template.jinja").write_text(
-        "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- if loop.index0 == 1 -%}{%- continue -%}{%- endif -%}"
-        "{%- set ns.n = ns.n + 1 -%}{%- generation -%}{%- set hidden = 1 -%}{{ m.content }}{%- endgeneration -%}"
-        "{%- endfor -%}{{ ns.n }}{{ hidden is defined }}{{ strftime_now('%%') }}{{ {'a': '<é>'} | tojson(indent=2) }}"
-        "{{ dict(a=1) }}\n{% if true %}\n  x\n{% endif %}\n"
+        "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}"
+        "{%- if loop.index0 == 1 -%}{%- continue -%}{%- endif -%}{%- set ns.n = ns.n + 1 -%}"
+        "{%- generation -%}{%- set hidden = 1 -%}{{ m.content }}{%- endgeneration -%}{{ hidden is defined }}"
+        "{%- endfor -%}{{ ns.n }}{{ strftime_now('%%') }}{{ {'a': '<é>'} | tojson(indent=2) }}{{ dict(a=1) }}"
+        "\n{% if true %}\n  x\n{% endif %}\n"
     )
     expected = reference(folder).apply_chat_template(MESSAGES, tokenize=False)
     assert Renderer.load(folder).render_chat(MESSAGES) == expected
@@ -201,6 +201,23 @@ def test_core_loads_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_the_engine_imports_needs_no_pydantic() -> None:
+    code = (
+        "import sys, luthier.data.template, luthier.tasks.chat.metrics, luthier.tasks.text.metrics\n"
+        "import luthier.tasks.classification.metrics, luthier.tasks.completion.metrics, luthier.tasks.task\n"
+        "assert 'pydantic' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_half_a_character_is_the_rows_fault(tmp_path: Path) -> None:
+    renderer = Renderer.load(write_family(tmp_path, "chatml"))
+    with pytest.raises(RowError, match="half of a character"):
+        renderer.encode("a\ud83d")
+    with pytest.raises(RowError, match="half of a character"):
+        renderer.chat_prompt([{"role": "user", "content": "a\ud83d"}])
+
+
 def test_row_errors_survive_pickling() -> None:
     import pickle
 
@@ -213,3 +230,18 @@ def test_row_errors_survive_pickling() -> None:
         "fill it in",
         "empty",
     )
+
+
+@pytest.mark.real
+def test_the_real_base_is_rendered_as_transformers_renders_it(real_base: Path, tmp_path: Path) -> None:
+    renderer, theirs = Renderer.load(real_base), reference(real_base)
+    assert renderer.chat_prompt(MESSAGES) == theirs.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=False
+    )
+    # Its pad, EOS and end of turn are one token, and it is supervised.
+    assert renderer.stop_ids == (renderer.pad_id,) == (renderer.eos_id,)
+    ((tokens, weights),) = renderer.chat_examples(MESSAGES[:2])
+    assert renderer.decode(tokens[weights > 0], skip_special=False) == "It is four.<|im_end|>"
+    renderer.save(tmp_path)
+    text = "In 2024 the capital\n\nof France: Paris 🎻"
+    assert reference(tmp_path)(text)["input_ids"] == theirs(text)["input_ids"] == renderer.encode(text)

@@ -149,6 +149,32 @@ def test_training_equals_serving(name: str, renderers: dict[str, Renderer]) -> N
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_remembered_pieces_are_tokenized_as_the_whole(name: str, renderers: dict[str, Renderer]) -> None:
+    renderer = renderers[name]
+    first, last = FAMILIES[name].tokens[0], renderer.stop_texts[-1]
+    texts = [renderer.render_chat(messages) for messages in conversations(name)]
+    texts += [
+        last,
+        last + last,
+        f" {last}  \n{last} a",
+        f"{first}{last}{first}x ",
+        f"a{last}",
+        last[:-1] + last + last[1:],
+        "",
+    ]
+    for text in texts + texts[::-1]:
+        assert renderer.encode_rendered(text) == renderer.encode(text)
+
+
+def test_a_token_within_a_stop_token_is_not_lost(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "chatml")
+    for odd in ("<|im_end|>\n<|im_start|>", "x<|im", "|>y", "m_e"):
+        renderer = Renderer.load(folder, new_tokens=[odd])
+        text = renderer.render_chat([*TWO_TURNS[:3], {"role": "assistant", "content": f"x{odd}y"}])
+        assert renderer.encode_rendered(text) == renderer.encode(text)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_bos_stands_once_or_not_at_all(name: str, renderers: dict[str, Renderer]) -> None:
     renderer, family = renderers[name], FAMILIES[name]
     bos_in_template = "bos_token" in family.template

@@ -32,7 +32,7 @@ def test_the_card_tells_base_licence_scores_data_and_limits(chat_run: Path) -> N
         "**Exact match on 96 held-out rows: 3% → 91%**",
         "| Exact match | 3.1% (1.1 to 8.8) | 25.0%",
         "Training: 621 rows, 45,821 tokens",
-        "SHA-256 `" + "ab" * 32,
+        "SHA-256 of the files and their split: `" + "ab" * 32,
         "| method.rank | 16 |",
         "AutoPeftModelForCausalLM",
         "## Limits",

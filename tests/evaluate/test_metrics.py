@@ -10,6 +10,7 @@ import pytest
 
 from luthier.evaluate.intervals import bootstrap, sign_test, wilson
 from luthier.evaluate.metrics import BETTER, UNCLEAR, WORSE, RowScore, compare, evaluation, summarize
+from luthier.types import NO_CLASS
 
 
 def token_rows(nll_per_token: list[float], num_tokens: list[int]) -> list[RowScore]:
@@ -114,6 +115,8 @@ def test_macro_f1_by_hand() -> None:
     assert summary["macro_f1"]["low"] <= summary["macro_f1"]["value"] <= summary["macro_f1"]["high"]
     assert summary["loss"]["value"] == pytest.approx(0.5)
     assert "perplexity" not in summary  # a head has no tokens
+    headless = [RowScore(row=row, class_index=0, predicted_class=guess) for row, guess in enumerate([None, NO_CLASS])]
+    assert summarize(headless) == {}
 
 
 def test_turns_of_one_conversation_are_not_counted_as_independent() -> None:

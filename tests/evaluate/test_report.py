@@ -71,6 +71,7 @@ def test_the_report_answers_did_it_get_better_and_what_did_it_cost(chat_run: Pat
         "several steps",
     ):
         assert expected in page.text, expected
+    assert "Training stopped" not in page.text
 
 
 def test_the_page_is_whole_in_itself(chat_run: Path) -> None:

@@ -39,7 +39,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 def test_a_full_openai_row() -> None:
     row = {
         "messages": [
-            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]},
             {**USER, "name": "ann", "id": 7},
             {**CALL, "weight": 0},
             RESULT,
@@ -50,7 +50,7 @@ def test_a_full_openai_row() -> None:
     }
     record = TASK.parse(row)
     assert [m["role"] for m in record.messages] == ["system", "user", "assistant", "tool", "assistant"]
-    assert record.messages[0]["content"] == "Be brief."
+    assert record.messages[0]["content"] == "Be short."
     assert record.messages[1] == {**USER, "name": "ann"}
     assert record.messages[2]["tool_calls"][0]["function"]["arguments"] == {"on": True}
     assert "content" not in record.messages[2]
@@ -62,7 +62,7 @@ def test_a_full_openai_row() -> None:
 
 def test_columns_that_hold_json_text_and_nulls() -> None:
     row = {
-        "messages": '[{"role": "user", "content": "Hello", "tool_calls": null}, {"role": "assistant", "content": "Hi"}]',
+        "messages": '[{"role": "user", "content": "Hello", "name": null}, {"role": "assistant", "content": "Hi"}]',
         "tools": None,
     }
     record = TASK.parse(row)
@@ -192,7 +192,7 @@ def test_the_last_turn_with_a_weight_is_judged(renderer: Renderer) -> None:
 
 def test_shots_stand_in_front_as_turns(renderer: Renderer) -> None:
     system = {"role": "system", "content": "Be brief."}
-    shot = TASK.parse({"messages": [{"role": "system", "content": "Other."}, USER, REPLY]})
+    shot = TASK.parse({"messages": [{"role": "system", "content": "Other."}, USER, REPLY, USER]})
     record = TASK.parse({"messages": [system, USER, REPLY]})
     (prompt,) = TASK.prompts(record, renderer, shots=[shot, shot])
     assert prompt.tokens.tolist() == renderer.chat_prompt([system, USER, REPLY, USER, REPLY, USER])

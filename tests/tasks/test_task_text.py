@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_windows_without_bos_supervise_every_token_once(max_length: int, tmp_pat
     assert all(2 <= e.num_tokens <= max_length and e.weights[0] == 0 and e.weights[1:].all() for e in examples)
     assert [t for e in examples for t in e.tokens[1:].tolist()] == whole[1:]
     assert examples[0].tokens[0] == whole[0]
-    for before, after in zip(examples, examples[1:], strict=False):
+    for before, after in pairwise(examples):
         assert after.tokens[0] == before.tokens[-1]
     assert {e.row for e in examples} == {4}
 

@@ -1,8 +1,8 @@
 """Bases known by a short name. Anything else on the Hub works too, by its id; these are the ones people ask for first.
 
 Parameter counts are rounded to three digits and contexts are the trained ones; both serve to choose by, not to compute
-with. `revision` is the Hub branch or commit that is fetched. `licence` is an SPDX name, or the publisher's own licence by
-its short name.
+with. `revision` is the Hub branch or commit that is fetched. `licence` is an SPDX name, or the publisher's own
+licence by its short name.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Shapes: T tokens, N sequences, L longest sequence, P rows kept for the output la
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Base:
         self.bank = Bank(model, use_reference=use_reference)
         self._output_layer: nn.Module | None = self.model.get_output_embeddings()
         self.is_packed = True
+        self.is_checkpointing = False
         self.head_is_plain = False
         self.packing_problem = ""
         findings = probe(self)
@@ -71,14 +73,17 @@ class Base:
             for names in findings.shared_inputs:
                 self.bank.group(names)
 
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """The base's own weights. Slots' parameters are no children of the model."""
+        return list(self.model.parameters())
+
     @property
     def num_parameters(self) -> int:
-        slots = {id(p) for slot in self.bank.slots.values() for p in slot.parameters().values()}
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in slots)
+        return sum(p.numel() for p in self.frozen_parameters())
 
     @property
     def num_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(p.numel() * p.element_size() for p in self.frozen_parameters())
 
     @property
     def max_positions(self) -> int | None:
@@ -106,14 +111,13 @@ class Base:
         wants_logits = keep is not None and not self.head_is_plain
         inputs = self._packed_inputs(batch, cache) if self.is_packed else self._padded_inputs(batch)
         at_T = None if self.is_packed else self._padded_index(batch)
+        # Not restored afterwards: a backward that recomputes blocks must meet the same attention.
         self.config._attn_implementation = PACKED_ATTENTION if self.is_packed else self._attention
-        try:
-            if not wants_logits:
-                hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-                return Forward(self._flat(hidden, at_T), None)
+        if wants_logits:
+            assert keep is not None
             return self._forward_with_head(inputs, keep, at_T)
-        finally:
-            self.config._attn_implementation = self._attention
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return Forward(self._flat(hidden, at_T), None)
 
     def _forward_with_head(self, inputs: dict[str, Any], keep_P: Tensor, at_T: Tensor | None) -> Forward:
         captured: list[Tensor] = []
@@ -194,10 +198,12 @@ class Base:
             else:
                 rotary.is_long_BL = is_long_N[:, None].expand(-1, batch.max_length).to(self.device)
 
-    def forget_rotary_classes(self) -> None:
-        """Let LongRoPE modules choose as transformers does, for a forward that does not come through this class."""
+    def as_transformers(self) -> Any:
+        """The model with its own attention and rotary choice, for a forward that does not come through this class."""
+        self.config._attn_implementation = self._attention
         for rotary in self._rotaries:
             rotary.is_long_BL = None
+        return self.model
 
     @property
     def longrope_limit(self) -> int | None:
@@ -206,8 +212,12 @@ class Base:
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute each block's activations in the backward instead of keeping them."""
+        self.is_checkpointing = enabled
         if enabled:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings():
+                # transformers 5.20 renames this method; the old name serves every version from 5.17 on.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         elif self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         for module in self.model.modules():

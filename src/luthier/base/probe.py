@@ -63,14 +63,17 @@ def _examples(base: Base) -> list[Example]:
 
 def _separately(base: Base, examples: list[Example]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Each sequence's hidden states by the model's own attention; and the first one's logits."""
-    states = [_alone(base, example, base.model.base_model).last_hidden_state[0] for example in examples]
-    return states, states[0], _alone(base, examples[0], base.model).logits[0]
+    states = [_hidden(base, example) for example in examples]
+    return states, states[0], base.as_transformers()(input_ids=_ids(base, examples[0]), use_cache=False).logits[0]
 
 
-def _alone(base: Base, example: Example, module: nn.Module) -> Any:
-    tokens = torch.from_numpy(example.tokens.astype(np.int64))[None].to(base.device)
-    base.forget_rotary_classes()
-    return module(input_ids=tokens, use_cache=False)
+def _hidden(base: Base, example: Example) -> Tensor:
+    model = base.as_transformers()
+    return model.base_model(input_ids=_ids(base, example), use_cache=False).last_hidden_state[0]
+
+
+def _ids(base: Base, example: Example) -> Tensor:
+    return torch.from_numpy(example.tokens.astype(np.int64))[None].to(base.device)
 
 
 def _packing_problem(base: Base, examples: list[Example], apart: list[Tensor]) -> str:
@@ -119,7 +122,7 @@ def _shared_inputs(base: Base, example: Example) -> tuple[tuple[str, ...], ...]:
         for name, module in base.bank.linears.items()
     ]
     try:
-        _alone(base, example, base.model.base_model)
+        _hidden(base, example)
     finally:
         for hook in hooks:
             hook.remove()

@@ -41,7 +41,9 @@ class PerSequenceRotary(nn.Module):
         long_positions = torch.cat([masked_BL, reach], dim=1)
         cos_long, sin_long = self.rotary(x, long_positions, *others, **named)
         cos_long, sin_long = cos_long[:, :-1].clone(), sin_long[:, :-1].clone()
-        cos, sin = self.rotary(x, position_ids * ~long_BL, *others, **named)
+        # Padding of a short row may stand past the limit; it is never read, but it would choose the factors.
+        short_positions = (position_ids * ~long_BL).clamp(max=self.short_positions - 1)
+        cos, sin = self.rotary(x, short_positions, *others, **named)
         chosen = long_BL[..., None]
         return torch.where(chosen, cos_long, cos), torch.where(chosen, sin_long, sin)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -28,10 +32,18 @@ def err() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Write `value` as one indented JSON document on standard output."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
+    """Write `value` as one indented JSON document on standard output; NaN and infinities become null."""
+    json.dump(_finite(value), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False, default=str)
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+def command_name() -> str:
+    """How the user can call this command again: `luthier`, or its path where the name alone finds another or none."""
+    called = Path(sys.argv[0])
+    if called.name != "luthier" or shutil.which("luthier") == str(called):
+        return "luthier"
+    return os.path.relpath(called) if called.is_relative_to(Path.cwd()) else str(called)
 
 
 def print_error(error: LuthierError) -> None:
@@ -74,3 +86,11 @@ def print_scores(evaluation: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if sentence := headline(evaluation):
         console.print(Text(sentence, style="bold"), soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -135,6 +135,7 @@ class BarProgress:
             transient=True,
         )
         self._jobs: dict[str, TaskID] = {}
+        self._stepped: set[str] = set()
         self._evaluations: dict[str, tuple[str, TaskID]] = {}
         self._live = False
 
@@ -151,6 +152,10 @@ class BarProgress:
     def step(self, job: str, step: int, loss: float, tokens_per_second: float, learning_rate: float) -> None:
         self._end_evaluation(job)
         figures = f"loss {loss:.3f}  {tokens_per_second:.0f} tokens/s  lr {learning_rate:.1e}"
+        if job not in self._stepped:
+            # Steps done before a resume took no time here: left in, they would make the time left far too short.
+            self._stepped.add(job)
+            self._bars.reset(self._jobs[job], completed=step - 1)
         self._bars.update(self._jobs[job], completed=step, figures=figures)
 
     def evaluation(self, job: str, what: str, done: int, total: int) -> None:

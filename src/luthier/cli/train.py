@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from luthier.cli.console import err, out, print_json, print_scores
+from luthier.cli.console import command_name, err, out, print_json, print_scores
 from luthier.cli.progress import choose_progress
 
 if TYPE_CHECKING:
@@ -51,13 +51,15 @@ def train_command(
     else:
         for result in results:
             _print_result(result)
-    if any(result.status == "failed" for result in results):
+    failed = [result.folder for result in results if result.status == "failed"]
+    if failed:
+        err().print(Text(f"{', '.join(map(str, failed))} failed; the reason stands above."), soft_wrap=True)
         raise typer.Exit(2)
 
 
 def _resume_command(recipes: list[str], overrides: list[str]) -> str:
     settings = [part for override in overrides for part in ("--set", override)]
-    return shlex.join(["luthier", "train", *recipes, *settings, "--resume"])
+    return shlex.join([command_name(), "train", *recipes, *settings, "--resume"])
 
 
 def _print_result(result: RunResult) -> None:
@@ -67,6 +69,6 @@ def _print_result(result: RunResult) -> None:
     lines = [
         f"Adapter  {result.folder / 'adapter'}",
         f"Report   {result.folder / 'report.html'}",
-        f"Chat     luthier chat {run}",
+        f"Chat     {command_name()} chat {run}",
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)

@@ -135,7 +135,14 @@ def render_template(
             add_generation_prompt=add_generation_prompt,
             **special_tokens,
         )
-    except (jinja2.exceptions.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (
+        jinja2.exceptions.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise RowError(
             "messages",

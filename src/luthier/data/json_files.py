@@ -55,7 +55,7 @@ def _first_line_is_an_object(stream: BinaryIO) -> bool:
 
 def _parse_line(line: int, text: str) -> Row | LineProblem:
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
+        values = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         return broken_json(line, error.colno, _reason(error))
     except (ValueError, RecursionError) as error:
@@ -99,6 +99,9 @@ def broken_json(line: int, column: int | None, reason: str, place: str = "") -> 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _reason(error: Exception) -> str:
@@ -216,9 +219,6 @@ class _BrokenItemError(Exception):
             )
         reason = f"{self.reason}; what follows was not read"
         return broken_json(self.line, self.column, reason, f"line {self.line}, in the item of {place}")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _decode_item(window: _Window) -> tuple[Any, int]:

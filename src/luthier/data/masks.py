@@ -89,7 +89,7 @@ def turn_at(renderer: Renderer, messages: Messages, k: int, tools: Tools) -> Tur
     else:
         written = _after_other_prompt(renderer, messages, k, tools, prompt, whole)
     reply = _until_end_of_turn(renderer, written, messages[k], k)
-    prompt_ids = renderer.encode(prompt)
+    prompt_ids = renderer.encode_rendered(prompt)
     return Turn(prompt, reply, prompt_ids, renderer.continuation(prompt, prompt_ids, reply), _weight(messages[k]))
 
 

@@ -203,7 +203,7 @@ class ExampleStore:
             tokens=np.array(self._tokens[start:end]),
             weights=np.array(self._weights[start:end]),
             class_index=int(self._class_index[index]),
-            row=int(self._row[index]),
+            row=int(self.rows[index]),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -236,7 +236,8 @@ class ExampleStore:
         return self._map("class_index")
 
     @cached_property
-    def _row(self) -> NDArray[np.int64]:
+    def rows(self) -> NDArray[np.int64]:
+        """int64 [examples]. The record that each example came from."""
         return self._map("row")
 
     def _map(self, name: str) -> NDArray[Any]:
@@ -285,9 +286,12 @@ class RecordStore:
         return np.memmap(path, dtype="<i8", mode="r").reshape(-1, 2)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 def canonical_json(value: Any) -> str:
     """One text for equal values: keys sorted, no spaces, characters written out."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -39,6 +39,9 @@ _PROBE_TOOL = {
     "function": {"name": "probe_tool", "description": "Probe.", "parameters": {"type": "object", "properties": {}}},
 }
 
+_MAX_PIECES, _MAX_PIECE_CHARACTERS = 2048, 8192
+"""How much of encoded conversations is remembered: 16 MB of text at most, and far less in practice."""
+
 
 class Renderer:
     """The tokenizer and chat template of one base. Make it with `Renderer.load`."""
@@ -47,6 +50,7 @@ class Renderer:
         self._files = files
         self._tokenizer = files.tokenizer
         self._templates = dict(files.templates)
+        self._pieces: dict[tuple[str, str], list[int]] = {}
 
     @classmethod
     def load(cls, folder: Path | str, new_tokens: Sequence[str] = ()) -> Renderer:
@@ -83,8 +87,38 @@ class Renderer:
     # Tokens
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens written in it are recognized; none is added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a text. Special tokens written in it are recognized; none is added.
+
+        Raises:
+            RowError: where the text holds half of a surrogate pair, which no encoding knows.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except (UnicodeEncodeError, TypeError):
+            broken = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+            if broken is None:
+                raise
+            raise RowError(
+                "",
+                f"the text holds {broken!r}, half of a character",
+                "whole characters",
+                "write the character itself, or both halves of its \\u escape",
+            ) from None
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """`encode`, faster on a conversation whose beginning was encoded before, as when rendering turn by turn.
+
+        A token that ends a turn separates what stands before it from what stands after, so the pieces between two such
+        tokens are encoded each with the one before it, and remembered.
+        """
+        if self._border is None:
+            return self.encode(text)
+        ids: list[int] = []
+        before, start = "", 0
+        for match in self._border.finditer(text):
+            ids += self._encode_piece(before, text[start : match.end()])
+            before, start = match.group(), match.end()
+        return ids + self._encode_piece(before, text[start:])
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32], skip_special: bool = True) -> str:
         """The text of token ids, without special tokens unless `skip_special` is False."""
@@ -96,7 +130,7 @@ class Renderer:
         Where tokenizing the whole leaves the prompt's tokens as they are, the reply's tokens are the rest. Where a
         token would straddle the border, the reply is tokenized by itself: a served model never sees such a token.
         """
-        whole = self.encode(prompt + reply)
+        whole = self.encode_rendered(prompt + reply)
         if whole[: len(prompt_ids)] == list(prompt_ids):
             return whole[len(prompt_ids) :]
         # Some tokenizers put a space before whatever text comes first. An anchor in front takes that space; it is
@@ -178,6 +212,33 @@ class Renderer:
         return tuple(text for i in self.stop_ids if (text := self._tokenizer.id_to_token(i)))
 
     @functools.cached_property
+    def _border(self) -> re.Pattern[str] | None:
+        """Matches the stop tokens that surely part a text in two: no other token can share a character with them."""
+        added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+
+        def parts(stop: str) -> bool:
+            token = added.get(stop)
+            others = [other for other in added if other and other != stop]
+            return (
+                token is not None
+                and not (token.normalized or token.single_word)
+                and not any(stop in other or _overlaps(other, stop) or _overlaps(stop, other) for other in others)
+            )
+
+        stops = [re.escape(stop) for stop in self.stop_texts if parts(stop)]
+        return re.compile("|".join(stops)) if stops else None
+
+    def _encode_piece(self, before: str, piece: str) -> list[int]:
+        found = self._pieces.get((before, piece))
+        if found is None:
+            found = self.encode(before + piece)[1 if before else 0 :]
+            if len(self._pieces) >= _MAX_PIECES:
+                self._pieces.clear()
+            if len(piece) <= _MAX_PIECE_CHARACTERS:
+                self._pieces[before, piece] = found
+        return found
+
+    @functools.cached_property
     def end_of_turn(self) -> str | None:
         """The token that ends an assistant's turn, as text: the template's own, else EOS."""
         stop = self._end_of_turn if self._end_of_turn is not None else self.eos_id
@@ -216,7 +277,7 @@ class Renderer:
 
     def chat_prompt(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Tokens of a conversation that the assistant is to go on with. Raises as `render_chat` does."""
-        return self.encode(self.render_chat(messages, tools, add_generation_prompt=True))
+        return self.encode_rendered(self.render_chat(messages, tools, add_generation_prompt=True))
 
     def chat_examples(
         self, messages: Messages, tools: Tools = None
@@ -295,3 +356,8 @@ class Renderer:
             return render_template(source, messages, tools, False, self._files.special_tokens)
         except RowError:
             return ""
+
+
+def _overlaps(left: str, right: str) -> bool:
+    """Whether some end of `left` is a beginning of `right`, so that the two could share characters of a text."""
+    return any(left.endswith(right[:size]) for size in range(1, len(right)))

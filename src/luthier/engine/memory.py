@@ -35,6 +35,7 @@ class MemoryPlan:
         base: The resident weights.
         adapters, gradients, optimizer: Of all the jobs together.
         activations: What the largest joint forward keeps for its backward, with the output layer's chunk.
+        tokens: Tokens in the largest joint forward.
         available: What the device has left for adapters, gradients, optimizer and activations; the base is loaded already.
         per_token: Activations of one token.
     """
@@ -44,6 +45,7 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     activations: int
+    tokens: int
     available: int
     per_token: int
 
@@ -79,7 +81,9 @@ def activation_bytes_per_token(base: Base, slot: Slot) -> int:
     batch = pack([PackItem(example, slot.index)], base.device)
     with base.bank.routed(base.routing(batch, training=False)), torch.autograd.graph.saved_tensors_hooks(count, _same):
         base.forward(batch)
-    return sum(kept.values()) // PROBE_TOKENS
+    # Recomputed blocks keep their input alone, and not through a hook.
+    recomputed = base.config.get_text_config().num_hidden_layers * base.hidden_size if base.is_checkpointing else 0
+    return sum(kept.values()) // PROBE_TOKENS + recomputed * base.dtype.itemsize
 
 
 def _same(value: Any) -> Any:
@@ -121,6 +125,7 @@ def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> 
         gradients=parameters,
         optimizer=ADAM_BYTES * parameters,
         activations=tokens * per_token + head,
+        tokens=tokens,
         available=available_bytes(base.device),
         per_token=per_token,
     )
@@ -145,13 +150,10 @@ def fit_micro_batches(base: Base, jobs: Sequence[TrainingJob], budget_tokens: in
         The joint budget, in tokens.
     """
     memory = plan_memory(base, jobs, budget_tokens)
-    fixed = memory.gradients + memory.optimizer + (memory.activations - _tokens(memory) * memory.per_token)
+    fixed = memory.gradients + memory.optimizer + (memory.activations - memory.tokens * memory.per_token)
     room = int((memory.available * margin - fixed) // max(1, memory.per_token))
     budget = max(16, min(budget_tokens, room))
     for job in jobs:
         job.micro_batch_tokens = max(16, min(job.micro_batch_tokens, budget))
     return budget
 
-
-def _tokens(memory: MemoryPlan) -> int:
-    return memory.activations // max(1, memory.per_token)

@@ -130,9 +130,8 @@ def _data(record: RunRecord) -> str:
         if isinstance(part, Mapping):
             counts = [f"{part[f'num_{what}']:,} {what}" for what in ("rows", "tokens") if part.get(f"num_{what}")]
             lines.append(f"- {title}: {', '.join(counts) or 'no rows'}")
-    hashes = record.data.get("sha256")
-    if isinstance(hashes, Mapping):
-        lines += [f"- `{_plain(Path(str(file)).name)}`: SHA-256 `{_plain(digest)}`" for file, digest in hashes.items()]
+    if digest := record.result.get("data_sha256"):
+        lines.append(f"- SHA-256 of the files and their split: `{_plain(digest)}`")
     lines += [f"- {_plain(warning)}" for warning in record.data.get("warnings") or []]
     return "\n".join(lines) or "Not recorded."
 

@@ -54,7 +54,7 @@ class RowScore:
         reference: The reply or label that counts as right.
         is_exact: Whether the reply equals the reference; None where none was generated.
         class_index: The true class, or `NO_CLASS`.
-        predicted_class: The class chosen by the model; None where there is no head.
+        predicted_class: The class chosen by the model; None or `NO_CLASS` where there is no head.
         group: A name of the row's kind, for a breakdown; None for none.
     """
 
@@ -72,7 +72,7 @@ class RowScore:
 
     @property
     def is_classed(self) -> bool:
-        return self.class_index != NO_CLASS and self.predicted_class is not None
+        return self.class_index != NO_CLASS and self.predicted_class not in (None, NO_CLASS)
 
 
 def summarize(scores: Sequence[RowScore], seed: int = 0) -> dict[str, dict[str, Any]]:

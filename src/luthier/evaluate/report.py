@@ -27,7 +27,7 @@ _PART_NAMES = {
     "dropped": "rows left out for their length",
 }
 _METHOD_NAMES = {"lora": "LoRA"}
-_FINE_STOPS = {"", "finished", "done", "completed", "max_steps", "epochs"}
+_FINE_STOPS = {"", "all steps done", "finished"}
 
 
 def write_report(run: Path) -> Path:
@@ -102,7 +102,7 @@ def _base_name(record: RunRecord) -> str:
 def _stopped(record: RunRecord) -> str | None:
     """Why training ended, where that is worth a warning."""
     reason = record.result.get("stopped_because")
-    if not reason or str(reason).lower().replace(" ", "_") in _FINE_STOPS:
+    if not reason or str(reason) in _FINE_STOPS:
         return None
     advice = record.result.get("advice")
     return f"Training stopped: {reason}" + (f". {advice}" if advice else "")
@@ -197,7 +197,7 @@ def _confusion(record: RunRecord) -> dict[str, Any] | None:
 
 def _curves(record: RunRecord) -> dict[str, Markup | None]:
     best_step = record.cost.get("best_step")
-    best_step = best_step if isinstance(best_step, int) else None
+    best_step = best_step if isinstance(best_step, int) and best_step > 0 else None
     unit = "nats a row" if record.is_classification else "nats a token"
     pictures = {
         "loss": figures.loss_curves(record.steps, record.evaluations, best_step, unit),

@@ -58,9 +58,15 @@ class ChatTask:
         """
         judged = [k for k, m in enumerate(record.messages) if m["role"] == "assistant" and m.get("weight", 1.0) > 0]
         last = judged[-1]
-        shown = [message for shot in shots for message in shot.messages if message["role"] != "system"]
+        shown = [message for shot in shots for message in _solved(shot)]
         first = 1 if record.messages[0]["role"] == "system" else 0
         messages = [*record.messages[:first], *shown, *record.messages[first : last + 1]]
         turn = renderer.chat_turn(messages, len(messages) - 1, record.tools)
         tokens = np.asarray(turn.prompt_ids, dtype=np.int32)
         return [Prompt(tokens, renderer.decode(turn.reply_ids), turn.prompt, row)]
+
+
+def _solved(shot: Conversation) -> list[Mapping[str, Any]]:
+    """A conversation's turns without system turn, up to its last reply, so that no open question meets the next."""
+    last = max(k for k, message in enumerate(shot.messages) if message["role"] == "assistant")
+    return [message for message in shot.messages[: last + 1] if message["role"] != "system"]

@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.data.rows import RowError, preview
 from luthier.data.template import Renderer
-from luthier.errors import nearest
+from luthier.errors import DataError, nearest
 from luthier.tasks.classification.schema import ClassificationConfig, LabelledText
 from luthier.tasks.fit import cut_to, too_long
 from luthier.tasks.shapes import require_text
@@ -39,10 +39,14 @@ class ClassificationTask:
         """The same task with its classes settled, in this order.
 
         Raises:
-            ValueError: for fewer than two classes, or one named twice.
+            DataError: for fewer than two classes, or one named twice.
         """
         if len(labels) < 2 or len(set(labels)) != len(labels):
-            raise ValueError(f"classification needs two or more different labels, not {list(labels)}")
+            raise DataError(
+                f"the labels are {', '.join(map(repr, labels)) or 'none'}",
+                "two or more different classes",
+                "add rows of the other classes",
+            )
         return replace(self, labels=tuple(labels))
 
     def parse(self, row: Mapping[str, Any]) -> LabelledText:

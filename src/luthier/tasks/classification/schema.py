@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import field_validator
+
 from luthier.strict import Strict
 
 
@@ -15,6 +17,13 @@ class ClassificationConfig(Strict):
     type: Literal["classification"] = "classification"
     labels: list[str] | None = None
     """The classes in order; null takes those found in the training rows, sorted."""
+
+    @field_validator("labels")
+    @classmethod
+    def _two_or_more(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (len(value) < 2 or len(set(value)) != len(value)):
+            raise ValueError("two or more different labels are needed")
+        return value
 
 
 @dataclass(frozen=True, slots=True)

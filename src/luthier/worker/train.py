@@ -1,0 +1,168 @@
+"""Train one recipe, or several together on one base: the whole way from recipes to judged adapters."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from luthier.base.load import Base
+from luthier.engine.engine import DEFAULT_BUDGET_TOKENS, Engine
+from luthier.engine.memory import MemoryPlan, fit_micro_batches, plan_memory
+from luthier.errors import MemoryShortError, RecipeError
+from luthier.recipe import Recipe
+from luthier.worker.loading import Placement, load_placed, placement_of
+from luthier.worker.progress import Progress, SilentProgress
+from luthier.worker.run import Run, RunResult
+
+__all__ = ["RunResult", "train"]
+
+
+def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress | None = None) -> list[RunResult]:
+    """Train recipes with one base together, and judge base and tuned models.
+
+    Args:
+        recipes: At least one; all with the same base, dtype and device, each with an output folder of its own.
+        resume: Go on from each run's last checkpoint; runs that are done are returned as they are.
+        progress: Hears of it.
+
+    Raises:
+        RecipeError, DataError, ModelError, RunError, StorageError: for what a user can mend, before anything is lost.
+        KeyboardInterrupt: after Ctrl-C, once every run is saved.
+    """
+    progress = progress or SilentProgress()
+    placement = _common_placement(recipes, progress)
+    runs = [Run.begin(recipe, placement.folder, progress, resume=resume) for recipe in recipes]
+    progress.stage("Loading the base")
+    base = load_placed(placement, max((r.compute.threads or 0 for r in recipes), default=0) or None)
+    if base.packing_problem:
+        progress.note(f"this base runs padded, which is slower: {base.packing_problem}", "warning")
+    engine = Engine(base)
+    for run in runs:
+        run.folder.set_state("training")
+        engine.add(run.admit(base))
+    _settle_memory(engine, runs, progress)
+    for run in runs:
+        run.plan_judging()
+    progress.stage("Judging the base")
+    for run in runs:
+        run.judge_base()
+    _loop(engine, runs, progress)
+    progress.stage("Judging the tuned model" + ("s" if len(runs) > 1 else ""))
+    return [run.finish(peak_memory_bytes(base.device), device_name(base)) for run in runs]
+
+
+def _loop(engine: Engine, runs: list[Run], progress: Progress) -> None:
+    by_name = {run.name: run for run in runs}
+    for run in runs:
+        if run.job.is_active:
+            progress.start(run.name, run.job.total_steps)
+    with interrupts() as asked:
+        while engine.has_work:
+            if asked:
+                for run in runs:
+                    run.interrupt()
+                raise KeyboardInterrupt
+            for report in engine.step():
+                by_name[report.job].on_step(report)
+            for run in runs:
+                if run.job.state == "failed" and not run.stopped_because:
+                    run.stopped_because = run.job.problem
+                    progress.note(f"{run.name} stopped: {run.job.problem}", "warning")
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Gather Ctrl-C and SIGTERM instead of dying within a step; a second Ctrl-C dies at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _common_placement(recipes: Sequence[Recipe], progress: Progress) -> Placement:
+    if not recipes:
+        raise RecipeError("there is no recipe to train", "at least one")
+    outputs = [recipe.output for recipe in recipes]
+    if len(set(outputs)) < len(outputs):
+        raise RecipeError(f"two recipes write to {max(outputs, key=outputs.count)}", "an `output` of its own for each")
+    placements = [placement_of(recipe, progress.note) for recipe in recipes]
+    for recipe, placement in zip(recipes, placements, strict=True):
+        if placement != placements[0]:
+            raise RecipeError(
+                f"recipes train together on one base, and {recipe.output} asks for {placement.folder.name} in "
+                f"{placement.dtype} on {placement.device}",
+                f"{placements[0].folder.name} in {placements[0].dtype} on {placements[0].device}, as the first",
+                "train it by itself, in a `luthier train` of its own",
+            )
+    return placements[0]
+
+
+def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> None:
+    """Predict memory, turn on recomputation or shrink micro-batches until it fits, and say what came out.
+
+    Raises:
+        MemoryShortError: when even one sequence at a time would not fit.
+    """
+    base, jobs = engine.base, [run.job for run in runs]
+    modes = {run.recipe.train.gradient_checkpointing for run in runs}
+    base.set_checkpointing("on" in modes)
+    plan = plan_memory(base, jobs, engine.budget_tokens)
+    if not plan.fits and "on" not in modes and "off" not in modes:
+        base.set_checkpointing(True)
+        progress.note("memory is short: activations are computed again in the backward", "warning")
+    engine.budget_tokens = fit_micro_batches(base, jobs, DEFAULT_BUDGET_TOKENS)
+    plan = plan_memory(base, jobs, engine.budget_tokens)
+    if not plan.fits:
+        raise MemoryShortError(
+            f"the jobs need {_gib(plan.needed)} beyond the base, and {_gib(plan.available)} are free",
+            fix="lower train.max_length or method.rank, set train.gradient_checkpointing: on, or free some memory",
+        )
+    if engine.budget_tokens < DEFAULT_BUDGET_TOKENS:
+        progress.note(f"a forward holds at most {engine.budget_tokens:,} tokens, so that it fits in memory")
+    progress.facts("memory", _memory_rows(plan, base))
+
+
+def _memory_rows(plan: MemoryPlan, base: Base) -> list[tuple[str, str]]:
+    return [
+        ("base", f"{_gib(plan.base)} as {str(base.dtype).removeprefix('torch.')}, loaded"),
+        ("adapters, gradients, optimizer", _gib(plan.adapters + plan.gradients + plan.optimizer)),
+        ("activations", f"{_gib(plan.activations)} at most"),
+        ("still to be taken", f"{_gib(plan.needed)} of {_gib(plan.available)} free"),
+    ]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_name(base: Base) -> str:
+    if base.device.type == "cuda":
+        return torch.cuda.get_device_name(base.device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,89 @@
+"""Bases and jobs for the engine's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.base.load import Base, load_base
+from luthier.engine.engine import Engine
+from luthier.engine.job import StepReport, TrainingJob
+from luthier.types import AdapterSpec, Example, TrainSpec
+
+ARCHITECTURES = ("tiny_llama", "tiny_phi3")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Each architecture that every identity is shown on: Llama, and Phi-3 with LongRoPE and a sliding window."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def base(folder: Path) -> Base:
+    """A fresh float64 base."""
+    return load_base(folder, dtype="float64")
+
+
+@pytest.fixture(scope="session")
+def make_examples() -> Callable[..., list[Example]]:
+    def make(num: int, seed: int, *, longest: int = 44, classes: int = 0) -> list[Example]:
+        """Random examples, some longer than the sliding window (24) and than LongRoPE's short class (32)."""
+        random = np.random.default_rng(seed)
+        examples = []
+        for row in range(num):
+            length = int(random.integers(3, longest))
+            tokens = random.integers(4, 250, size=length).astype(np.int32)
+            weights = np.zeros(length, dtype=np.float32)
+            if not classes:
+                weights[random.integers(1, length) :] = 1.0
+            examples.append(Example(tokens, weights, int(random.integers(classes)) if classes else -1, row))
+        return examples
+
+    return make
+
+
+def spec_of(kind: int) -> AdapterSpec:
+    """Four quite different slots."""
+    return [
+        AdapterSpec(rank=4, alpha=8.0),
+        AdapterSpec(rank=2, alpha=16.0, rank_stabilized=True, targets=("o_proj",)),
+        AdapterSpec(rank=8, alpha=8.0, dropout=0.2),
+        AdapterSpec(rank=3, alpha=6.0, targets=("o_proj", "down_proj"), num_classes=5),
+    ][kind]
+
+
+def train_of(kind: int) -> TrainSpec:
+    return [
+        TrainSpec(epochs=2, batch_size=4, learning_rate=5e-3, weight_decay=0.1, seed=1),
+        TrainSpec(epochs=1, batch_size=1, learning_rate=1e-2, schedule="linear", seed=2, max_grad_norm=0.0),
+        TrainSpec(epochs=2, batch_size=3, learning_rate=3e-3, micro_batch_tokens=64, seed=3),
+        TrainSpec(epochs=2, batch_size=5, learning_rate=1e-2, schedule="constant", seed=4, warmup_steps=2),
+    ][kind]
+
+
+def add_job(engine: Engine, kind: int, make_examples: Callable[..., list[Example]], num: int = 11) -> TrainingJob:
+    """Job number `kind`, the same whatever engine it is added to."""
+    spec = spec_of(kind)
+    slot = engine.base.bank.add(spec, seed=kind)
+    job = TrainingJob(f"job-{kind}", slot, make_examples(num, kind, classes=spec.num_classes or 0), train_of(kind))
+    engine.add(job)
+    return job
+
+
+def run_all(engine: Engine) -> dict[str, list[StepReport]]:
+    """Run every job to its end."""
+    curves: dict[str, list[StepReport]] = {}
+    while engine.has_work:
+        for report in engine.step():
+            curves.setdefault(report.job, []).append(report)
+    return curves
+
+
+def adapter_of(job: TrainingJob) -> dict[str, torch.Tensor]:
+    """A copy of all that a job has trained."""
+    return {name: p.detach().clone() for name, p in job.slot.parameters().items()}
