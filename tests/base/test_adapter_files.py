@@ -67,6 +67,21 @@ def test_modules_and_tokens_trained_besides_are_read(tiny_llama: Path, tmp_path:
     assert found.new_tokens == (3, 7)
 
 
+def test_ranks_and_alphas_may_differ_by_module(tiny_llama: Path, tmp_path: Path) -> None:
+    found = read_adapter(
+        write_adapter(tiny_llama, tmp_path, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.self_attn.v_proj": 3})
+    )
+    assert [found.rank_of(f"model.layers.0.self_attn.{name}") for name in ("q_proj", "v_proj")] == [2, 4]
+    assert [found.alpha_of(f"model.layers.{layer}.self_attn.v_proj") for layer in (0, 1)] == [8.0, 3.0]
+
+
+def test_targets_given_as_a_pattern_are_named_by_what_it_matched(tiny_llama: Path, tmp_path: Path) -> None:
+    found = read_adapter(write_adapter(tiny_llama, tmp_path / "regex", target_modules=r".*\.1\.mlp\.up_proj"))
+    assert found.targets == ("model.layers.1.mlp.up_proj",)
+    found = read_adapter(write_adapter(tiny_llama, tmp_path / "layers", layers_to_transform=[0]))
+    assert found.targets == ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
+
+
 def test_a_classifier_knows_its_classes(tiny_llama: Path, tmp_path: Path) -> None:
     found = read_adapter(write_adapter(tiny_llama, tmp_path, task_type="SEQ_CLS"))
     assert found.num_classes == 3
@@ -82,8 +97,7 @@ def test_a_run_folder_leads_to_its_adapter(adapter: Path, tmp_path: Path) -> Non
     ("field", "value"),
     [
         ("use_dora", True),
-        ("rank_pattern", {"q_proj": 8}),
-        ("layers_to_transform", [0]),
+        ("fan_in_fan_out", True),
         ("bias", "all"),
         ("init_lora_weights", "pissa"),
         ("an_option_of_the_future", {"changes": "all"}),

@@ -87,6 +87,17 @@ def test_bars_show_the_figures_on_a_terminal() -> None:
     assert "second: judging validation loss" in text
 
 
+def test_a_bar_fits_into_80_columns() -> None:
+    stream = io.StringIO()
+    progress = BarProgress(Console(file=stream, force_terminal=True, width=80, color_system=None))
+    progress.start("runs/quickstart", 1200)
+    progress.step("runs/quickstart", 1100, 1.25, 178.0, 5e-4)
+    progress.close()
+    text = stream.getvalue()
+    assert "1100/1200 loss 1.250  178 tokens/s" in text
+    assert text.count("left") >= 2
+
+
 def test_brackets_in_messages_are_not_markup() -> None:
     for terminal in (False, True):
         console, stream = _console(terminal=terminal)

@@ -5,6 +5,7 @@ The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from luthier.base.folder import read_json
 from luthier.errors import ModelError
 from luthier.types import AdapterSpec
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base's modules."""
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -25,6 +29,7 @@ HEAD_NAMES = ("score", "classifier")
 
 _UNDERSTOOD_FIELDS = frozenset(
     {
+        "alpha_pattern",
         "auto_mapping",
         "base_model_name_or_path",
         "bias",
@@ -32,6 +37,8 @@ _UNDERSTOOD_FIELDS = frozenset(
         "exclude_modules",
         "inference_mode",
         "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
         "lora_alpha",
         "lora_dropout",
         "megatron_core",
@@ -40,6 +47,7 @@ _UNDERSTOOD_FIELDS = frozenset(
         "peft_version",
         "qalora_group_size",
         "r",
+        "rank_pattern",
         "revision",
         "runtime_config",
         "target_modules",
@@ -49,7 +57,7 @@ _UNDERSTOOD_FIELDS = frozenset(
     }
 )
 """Fields that are read here, or that change nothing once an adapter is trained. Any other that is set is refused: it
-would change the arithmetic (use_dora, rank_pattern, fan_in_fan_out ...)."""
+would change the arithmetic (use_dora, fan_in_fan_out ...)."""
 
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Initializations that leave the base as it is; pissa, olora, corda, loftq and lora_ga change it."""
@@ -65,7 +73,7 @@ class AdapterFiles:
         method: The bank's method ("lora").
         base_name: The base it says it was trained over (a Hub id or a path), or None.
         base_revision: That base's revision, or None.
-        targets: "all-linear" or module-name suffixes.
+        targets: "all-linear", or module-name suffixes; the modules' own names where the config gives a pattern.
         modules_to_save: Modules trained in full, without the classifier's head.
         new_tokens: Token ids with trained embedding rows.
         task_type: PEFT's, or None.
@@ -96,6 +104,14 @@ class AdapterFiles:
         """The safetensors file."""
         return self.folder / WEIGHTS_FILE
 
+    def rank_of(self, module: str) -> int:
+        """Rank of one module's update: the config's, unless its `rank_pattern` names the module."""
+        return _by_pattern(self.config.get("rank_pattern"), module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """Numerator of one module's scaling, likewise."""
+        return float(_by_pattern(self.config.get("alpha_pattern"), module, self.alpha))
+
     def spec(self) -> AdapterSpec:
         """The slot that this adapter fits into."""
         return AdapterSpec(
@@ -123,11 +139,11 @@ def read_adapter(folder: Path) -> AdapterFiles:
     _check_known(folder, config)
     shapes, dtypes = _read_header(_weights(folder))
     rank = _number(folder, config, "r", int)
-    _check_tensors(folder, shapes, rank)
+    modules = _check_tensors(folder, shapes, rank, config.get("rank_pattern"))
     task_type = config.get("task_type")
-    modules = tuple(config.get("modules_to_save") or ())
+    saved = tuple(config.get("modules_to_save") or ())
     if task_type == "SEQ_CLS":  # PEFT lists the classifier's head among them
-        modules = tuple(name for name in modules if name not in HEAD_NAMES)
+        saved = tuple(name for name in saved if name not in HEAD_NAMES)
     return AdapterFiles(
         folder=folder,
         config=config,
@@ -138,8 +154,8 @@ def read_adapter(folder: Path) -> AdapterFiles:
         alpha=float(_number(folder, config, "lora_alpha", int | float)),
         dropout=float(config.get("lora_dropout") or 0.0),
         rank_stabilized=bool(config.get("use_rslora")),
-        targets=_targets(folder, config),
-        modules_to_save=modules,
+        targets=_targets(folder, config, modules),
+        modules_to_save=saved,
         new_tokens=_new_tokens(folder, config),
         task_type=task_type,
         num_classes=_num_classes(folder, shapes) if task_type == "SEQ_CLS" else None,
@@ -209,7 +225,8 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
     return shapes, dtypes
 
 
-def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) -> None:
+def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int, pattern: Any) -> tuple[str, ...]:
+    """The names of the adapted modules, once every one has both factors in the rank that the config says."""
     pairs = {name.removesuffix(".lora_A.weight") for name in shapes if name.endswith(".lora_A.weight")}
     halves = {name.removesuffix(".lora_B.weight") for name in shapes if name.endswith(".lora_B.weight")}
     if not shapes:
@@ -218,34 +235,47 @@ def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) 
         raise ModelError(f"{folder / WEIGHTS_FILE} holds half a pair for {odd[0]}", "lora_A and lora_B for each module")
     for name in sorted(pairs):
         found = shapes[f"{name}.lora_A.weight"][0], shapes[f"{name}.lora_B.weight"][1]
-        if found != (rank, rank):
-            raise ModelError(f"{folder}: {name} has rank {found[0]} and {found[1]}", f"{rank}, as {CONFIG_FILE} says")
+        expected = _by_pattern(pattern, name, rank)
+        if found != (expected, expected):
+            raise ModelError(
+                f"{folder}: {name} has rank {found[0]} and {found[1]}", f"{expected}, as {CONFIG_FILE} says"
+            )
+    return tuple(sorted(name.removeprefix(PREFIX) for name in pairs))
 
 
-def _targets(folder: Path, config: dict[str, Any]) -> str | tuple[str, ...]:
+def _by_pattern(pattern: Any, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the module's name, as PEFT looks it up."""
+    for end, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({end})$", module):
+            return value
+    return default
+
+
+def _targets(folder: Path, config: dict[str, Any], modules: tuple[str, ...]) -> str | tuple[str, ...]:
     targets = config.get("target_modules")
     if targets == "all-linear":
         return "all-linear"
     if targets is None:
         return ()
+    if isinstance(targets, str) or config.get("layers_to_transform") is not None:
+        return modules  # a pattern: the tensors say what it matched
     if isinstance(targets, list) and all(isinstance(name, str) for name in targets):
         return tuple(sorted(targets))
     raise ModelError(
-        f"{folder / CONFIG_FILE} has target_modules {targets!r}",
-        'a list of module names, or "all-linear"',
-        "write out the names that the pattern matches",
+        f"{folder / CONFIG_FILE} has target_modules {targets!r}", 'a list of module names, a pattern, or "all-linear"'
     )
 
 
 def _new_tokens(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Every token with a trained row, of the embedding or of the output layer."""
     tokens = config.get("trainable_token_indices") or ()
-    if isinstance(tokens, dict):
-        if set(tokens) - {"embed_tokens"}:
-            raise ModelError(
-                f"{folder / CONFIG_FILE} trains tokens of {sorted(tokens)}", "tokens of embed_tokens alone"
-            )
-        tokens = tokens["embed_tokens"]
-    return tuple(int(token) for token in tokens)
+    groups = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    try:
+        return tuple(sorted({int(token) for group in groups for token in group}))
+    except (TypeError, ValueError):
+        raise ModelError(
+            f"{folder / CONFIG_FILE} has trainable_token_indices {tokens!r}", "token ids, or module names with them"
+        ) from None
 
 
 def _num_classes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> int:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from luthier.cli.console import err, out
+from luthier.cli.console import err, out, quiet_libraries
 from luthier.errors import RunError, nearest
 
 HELP = "/base: the base's reply beside the tuned one, on or off   /reset: forget the conversation   /quit"
@@ -122,9 +122,14 @@ def chat_command(
         str, typer.Argument(metavar="RUN", help="A run folder, a PEFT adapter's folder, or a base's name or folder.")
     ],
     base: Annotated[bool, typer.Option("--base", help="Let the base reply too, beside the tuned model.")] = False,
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="Begin with this system turn.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system", metavar="TEXT", help="Begin with this system turn; '' for none [default: the training's]."
+        ),
+    ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; higher is freer.")
+        float, typer.Option("--temperature", min=0.0, max=10.0, help="0 takes the likeliest token; higher is freer.")
     ] = 0.0,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Repeat the same draws at temperature > 0.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 512,
@@ -134,11 +139,13 @@ def chat_command(
     ] = None,
 ) -> None:
     """Talk with a tuned model. Without a terminal, each line of standard input is one turn."""
-    if not 0.0 <= temperature <= 10.0:
-        raise RunError(f"--temperature {temperature}", "a number from 0 to 10")
+    quiet_libraries()
     from luthier.worker.chat import open_chat
+    from luthier.worker.system_turn import trained_system
 
     session = open_chat(model)
+    if system is None and (system := trained_system(model)):
+        err().print(Text(f"system, as in training: {system}", style="dim"), soft_wrap=True)
     options = {"temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens}
     conversation = Conversation(session, out(), options, system=system, compare=base and session.has_adapter)
     if base and not session.has_adapter:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,9 +22,13 @@ from luthier.errors import LuthierError
 _VERDICT_STYLES = {"better": "green", "worse": "red"}
 
 
+WIDTH_OF_FILES = 160
+"""Columns of a table that goes to a file or a pipe, which have no width of their own."""
+
+
 def out() -> Console:
     """A console over the present standard output, for results."""
-    return Console(file=sys.stdout, highlight=False)
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
 
 
 def err() -> Console:
@@ -75,17 +80,28 @@ def print_scores(evaluation: Mapping[str, Any], console: Console) -> None:
     """The headline and the table of base against tuned; nothing where nothing was judged."""
     from luthier.evaluate.summary import headline, summary_table
 
-    header, *rows = summary_table(evaluation)
-    if not rows:
+    cells = summary_table(evaluation)
+    if len(cells) == 1:
         return
+    table = _scores_table(cells)
+    if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
+        # Intervals get a line of their own; the change, which two columns say already, gives way.
+        change = cells[0].index("change") if "change" in cells[0] else None
+        narrow = [[cell.replace(" (", "\n(") for place, cell in enumerate(row) if place != change] for row in cells]
+        table = _scores_table(narrow)
+    console.print(table)
+    if sentence := headline(evaluation):
+        console.print(Text(sentence, style="bold"), soft_wrap=True)
+
+
+def _scores_table(cells: list[list[str]]) -> Table:
+    header, *rows = cells
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(header):
         table.add_column(Text(name), justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell, style=_VERDICT_STYLES.get(cell, "")) for cell in row))
-    console.print(table)
-    if sentence := headline(evaluation):
-        console.print(Text(sentence, style="bold"), soft_wrap=True)
+    return table
 
 
 def _finite(value: Any) -> Any:
@@ -94,3 +110,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def quiet_libraries() -> None:
+    """Keep the bars and remarks of transformers away from Luthier's own; loads transformers.
+
+    Luthier says itself what it loads. Errors, and warnings of Luthier, are not touched.
+    """
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

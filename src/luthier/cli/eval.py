@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import out, print_json, print_scores
+from luthier.cli.console import out, print_json, print_scores, quiet_libraries
 from luthier.cli.progress import choose_progress
 
 
@@ -24,6 +24,7 @@ def eval_command(
     progress = choose_progress(quiet=quiet)
     progress.stage("Starting")
     try:
+        quiet_libraries()
         from luthier.worker.judge import evaluate_run
 
         evaluation = evaluate_run(run, data=data, rows=rows, progress=progress)

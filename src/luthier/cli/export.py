@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from luthier.cli.console import out
+from luthier.cli.console import out, quiet_libraries
 from luthier.cli.progress import choose_progress
 from luthier.errors import RunError
 
@@ -43,6 +43,7 @@ def export_command(
     progress = choose_progress()
     progress.stage("Starting")
     try:
+        quiet_libraries()
         from luthier.worker.export import export_run
 
         folder = export_run(run, output or run / "merged", dtype=dtype.value, progress=progress)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -124,11 +124,12 @@ class BarProgress:
         self._console = console
         self._bars = Bars(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            # Narrow enough that a line with a short job's name fits into 80 columns.
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             # Steps on a CPU take seconds: the speed needs a long window.
             speed_estimate_period=300,
@@ -151,7 +152,7 @@ class BarProgress:
 
     def step(self, job: str, step: int, loss: float, tokens_per_second: float, learning_rate: float) -> None:
         self._end_evaluation(job)
-        figures = f"loss {loss:.3f}  {tokens_per_second:.0f} tokens/s  lr {learning_rate:.1e}"
+        figures = f"loss {loss:.3f}  {tokens_per_second:.0f} tokens/s"
         if job not in self._stepped:
             # Steps done before a resume took no time here: left in, they would make the time left far too short.
             self._stepped.add(job)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from luthier.cli.console import command_name, err, out, print_json, print_scores
+from luthier.cli.console import command_name, err, out, print_json, print_scores, quiet_libraries
 from luthier.cli.progress import choose_progress
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def train_command(
     progress = choose_progress(quiet=quiet)
     progress.stage("Starting")
     try:
+        quiet_libraries()
         from luthier.worker.train import train
 
         results = train(loaded, resume=resume, progress=progress)

@@ -19,12 +19,11 @@ from luthier.data.store import (
     ExampleWriter,
     RecordStore,
     RecordWriter,
-    atomic_folder,
     canonical_json,
-    writing,
 )
 from luthier.data.template import Renderer
 from luthier.errors import StorageError
+from luthier.files import atomic_folder, writing
 from luthier.recipe import DataConfig
 from luthier.tasks.task import Task, Truncation
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.errors import StorageError
+from luthier.files import atomic_folder, writing
 from luthier.types import Example
 
 FORMAT = 1
@@ -33,49 +34,6 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "row": np.dtype("<i8"),
     "weight_sum": np.dtype("<f8"),
 }
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write under `path` into a StorageError that says what is still whole."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else (error.strerror or str(error))
-        raise StorageError(
-            f"{path} could not be written: {reason}",
-            "room and permission to write there",
-            ("free some space" if full else "choose a folder that you may write to")
-            + " and start again; your data files are untouched and nothing half-written is left behind",
-        ) from error
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
-
-    Where another process put a whole folder there first, that one stays.
-
-    Raises:
-        StorageError: when writing fails in the block or around it.
-    """
-    temporary = path.parent / f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        with writing(path):
-            temporary.mkdir(parents=True)
-            yield temporary
-            _replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_folder(temporary: Path, path: Path) -> None:
-    try:
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
 
 
 class _StoreWriter:

@@ -97,7 +97,7 @@ class Bank:
         for name in self._resolve_modules(spec.modules_to_save):
             slot.saved_modules[name] = self._trained_copy(name)
         if spec.new_tokens:
-            slot.token_rows = self._token_rows(spec.new_tokens)
+            slot.token_rows = self.token_rows(spec.new_tokens)
         if spec.num_classes is not None:
             slot.head = self._sequence_head(spec.num_classes, generator)
         self._admit(slot)
@@ -198,11 +198,12 @@ class Bank:
             found += matches
         return list(dict.fromkeys(found))
 
-    def _original(self, name: str) -> nn.Module:
+    def original(self, name: str) -> nn.Module:
+        """The base's own module of that name, without the bank's wrapper."""
         return self._wrapped[name].base if name in self._wrapped else self.model.get_submodule(name)
 
     def _trained_copy(self, name: str) -> nn.Module:
-        original = self._original(name)
+        original = self.original(name)
         if any(isinstance(part, BankModule) for part in original.modules()):
             raise RecipeError(
                 f"method.modules_to_save: {name} holds layers that are adapted too",
@@ -212,7 +213,8 @@ class Bank:
         copied = copied.to(_wide(next(copied.parameters())))
         return copied.requires_grad_(True)
 
-    def _token_rows(self, ids: tuple[int, ...]) -> TokenRows:
+    def token_rows(self, ids: tuple[int, ...]) -> TokenRows:
+        """Fresh rows of these tokens: the base's own, and for new tokens the mean of the base's rows."""
         ids_K = torch.tensor(sorted(set(ids)), dtype=torch.int64)
 
         def rows(weight_VD: Tensor) -> nn.Parameter:
@@ -222,14 +224,14 @@ class Bank:
             rows_KD[known] = wide_VD[ids_K[known].to(weight_VD.device)]
             return nn.Parameter(rows_KD)
 
-        input_KD = rows(self._original(self.input_name).weight)  # type: ignore[arg-type]
+        input_KD = rows(self.original(self.input_name).weight)  # type: ignore[arg-type]
         output_KD = input_KD
         if self.output_name is not None and not self.is_tied:
-            output_KD = rows(self._original(self.output_name).weight)  # type: ignore[arg-type]
+            output_KD = rows(self.original(self.output_name).weight)  # type: ignore[arg-type]
         return TokenRows(ids_K.to(input_KD.device), input_KD, output_KD)
 
     def _sequence_head(self, num_classes: int, generator: torch.Generator) -> nn.Linear:
-        weight = self._original(self.input_name).weight
+        weight = self.original(self.input_name).weight
         head = nn.Linear(weight.shape[1], num_classes, bias=False)  # type: ignore[index]
         std = getattr(getattr(self.model, "config", None), "initializer_range", None) or 0.02
         with torch.no_grad():

@@ -52,6 +52,7 @@ class _Step:
         at_n, rows_n, positions_n: Flat index, row and position of every token that comes alone.
         query_at: For each row, the flat index of its query; any for a row that has none.
         visible: How many positions each row's query may see before a window; 1 for a row that has no query.
+        is_in_order: Whether the flat batch is one token of each row, in the rows' order.
         masks: Additive masks by window (single tokens), and by span and window.
     """
 
@@ -62,6 +63,7 @@ class _Step:
     positions_n: Tensor
     query_at: Tensor
     visible: list[int]
+    is_in_order: bool
     masks: dict[object, Tensor | None] = field(default_factory=dict)
 
 
@@ -127,6 +129,7 @@ class RowCache:
             positions_n=torch.tensor([starts[index] for index in alone], dtype=torch.int64, device=device),
             query_at=torch.tensor(query_at, dtype=torch.int64, device=device),
             visible=visible,
+            is_in_order=len(visible) == first and query_at == list(range(first)),
         )
 
     def lengths_after(self, batch: PackedBatch) -> list[int]:
@@ -159,11 +162,18 @@ class RowCache:
         keys_RKLD = self._stored(self._keys, layer, key_1KTD)
         values_RKLD = self._stored(self._values, layer, value_1KTD)
         query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1KTD, value_1KTD))
+        if step.is_in_order:
+            keys_RKLD[step.rows_n, :, step.positions_n] = key_TKD
+            values_RKLD[step.rows_n, :, step.positions_n] = value_TKD
+            out_THD = self._attend_alone(query_THD, keys_RKLD, values_RKLD, scale, window)
+            return out_THD.transpose(0, 1)[None]
         out_THD = query_THD.new_empty(*query_THD.shape[:2], value_1KTD.shape[-1])
         if step.at_n.numel():
-            keys_RKLD[step.rows_n, :, step.positions_n] = _rows(key_TKD, step.at_n)
-            values_RKLD[step.rows_n, :, step.positions_n] = _rows(value_TKD, step.at_n)
-            out_THD[step.at_n] = self._attend_alone(query_THD, keys_RKLD, values_RKLD, scale, window)
+            keys_RKLD[step.rows_n, :, step.positions_n] = key_TKD.index_select(0, step.at_n)
+            values_RKLD[step.rows_n, :, step.positions_n] = value_TKD.index_select(0, step.at_n)
+            query_RHD = query_THD.index_select(0, step.query_at)
+            out_RHD = self._attend_alone(query_RHD, keys_RKLD, values_RKLD, scale, window)
+            out_THD[step.at_n] = out_RHD.index_select(0, step.rows_n)
         for span in step.spans:
             new = slice(span.first, span.end)
             keys_RKLD[span.row, :, span.start : span.total] = key_1KTD[0, :, new]
@@ -184,21 +194,20 @@ class RowCache:
     # -- single tokens
 
     def _attend_alone(
-        self, query_THD: Tensor, keys_RKLD: Tensor, values_RKLD: Tensor, scale: float, window: int | None
+        self, query_RHD: Tensor, keys_RKLD: Tensor, values_RKLD: Tensor, scale: float, window: int | None
     ) -> Tensor:
         step = self._announced()
         num_rows, length = len(step.visible), max(step.visible)
-        query_RHD = query_THD.index_select(0, step.query_at)
         key, value = keys_RKLD[:num_rows, :, :length], values_RKLD[:num_rows, :, :length]
-        num_heads, num_key_heads = query_THD.shape[1], key.shape[1]
+        num_heads, num_key_heads = query_RHD.shape[1], key.shape[1]
         # The query heads of one key head may stand as so many queries. CUDA's fused kernels want that, for with a mask
         # they know no grouped heads; the CPU's is faster with grouped heads.
-        heads = (num_key_heads, num_heads // num_key_heads) if query_THD.is_cuda else (num_heads, 1)
+        heads = (num_key_heads, num_heads // num_key_heads) if query_RHD.is_cuda else (num_heads, 1)
         out_RHGD = F.scaled_dot_product_attention(
-            query_RHD.view(num_rows, *heads, -1), key, value, attn_mask=self._alone_mask(window, query_THD),
+            query_RHD.reshape(num_rows, *heads, -1), key, value, attn_mask=self._alone_mask(window, query_RHD),
             scale=scale, enable_gqa=heads[0] != num_key_heads,
         )  # fmt: skip
-        return out_RHGD.reshape(num_rows, num_heads, -1).index_select(0, step.rows_n)
+        return out_RHGD.reshape(num_rows, num_heads, -1)
 
     def _alone_mask(self, window: int | None, like: Tensor) -> Tensor | None:
         """Additive [R, 1, 1, L], or None where every row sees every position."""
@@ -258,10 +267,6 @@ class RowCache:
         larger_RKLD = tensor_RKLD.new_zeros(self._num_rows, num_heads, self._num_positions, size)
         larger_RKLD[:num_rows, :, :num_positions] = tensor_RKLD
         return larger_RKLD
-
-
-def _rows(x_TKD: Tensor, at_n: Tensor) -> Tensor:
-    return x_TKD if at_n.numel() == x_TKD.shape[0] else x_TKD.index_select(0, at_n)
 
 
 def _additive(seen: Tensor, like: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ class JobOptimizer:
         if num_steps == 0:
             return
         for name, parameter in self.parameters.items():
+            if f"{name}.exp_avg" not in tensors:
+                continue  # no gradient ever reaches it, as the output rows of a classifier's tokens
             self._adamw.state[parameter] = {
                 "step": torch.tensor(float(num_steps), device=parameter.device),
                 "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device, parameter.dtype).clone(),

@@ -7,8 +7,8 @@
             print(event.text_delta, end="")
 
 Batching is continuous: a step is one forward with a new token of every request that is being answered and the prompts
-(or parts of them) of those that just came in; requests come and go between steps. Company changes no reply: each row has
-its own keys, its own slot and its own draws.
+(or parts of them) of those that just came in; requests come and go between steps. Company changes no reply: each row
+has its own keys, its own slot and its own draws.
 
 A base that cannot run packed has no cache: each step runs the whole sequences again, which is right and slow.
 
@@ -172,8 +172,8 @@ class Sampler:
         events, self._cancelled = self._cancelled, []
         feeds = self._feeds() if self.base.is_packed else self._whole_feeds()
         if feeds:
-            # pack() sorts by slot and keeps the order within one; the feeds stay in step with it.
-            feeds.sort(key=lambda feed: feed.reply.request.slot)
+            # pack() sorts by slot and keeps the order within one; the feeds stay in step with it, and with the rows.
+            feeds.sort(key=lambda feed: (feed.reply.request.slot, feed.reply.row))
             logits_PV = self._forward(feeds)
             ready = [feed.reply for feed in feeds if feed.wants_token]
             if logits_PV is not None:

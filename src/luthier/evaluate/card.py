@@ -11,7 +11,8 @@ import yaml
 
 from luthier.base.catalogue import CATALOGUE
 from luthier.evaluate import summary
-from luthier.evaluate.record import RunRecord, read_run, write_text
+from luthier.evaluate.record import RunRecord, read_run
+from luthier.files import write_text
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_LICENCES = {

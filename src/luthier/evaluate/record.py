@@ -98,34 +98,6 @@ def read_run(run: Path) -> RunRecord:
     return record
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, making its folder where there is none.
-
-    A lone surrogate, which a tokenizer may emit and UTF-8 cannot hold, is written as its \\uXXXX escape.
-
-    Raises:
-        StorageError: if it cannot be written; what was there before is still whole.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", errors="backslashreplace", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # temporary files are private; a report is to be read
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} cannot be written: {error}", fix="free some space or mend the permissions"
-        ) from None
-
-
 def _read_recipe(record: RunRecord) -> None:
     path = record.path / "recipe.yaml"
     if not path.exists():

@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from luthier.evaluate import figures, samples, summary
 from luthier.evaluate.card import loading_code
-from luthier.evaluate.record import RunRecord, read_run, write_text
+from luthier.evaluate.record import RunRecord, read_run
+from luthier.files import write_text
 
 MAX_LISTED_ROWS = 200
 """Held-out rows in the list at the end; all of them are in predictions.jsonl."""

@@ -11,10 +11,17 @@ import numpy as np
 
 from luthier.base.identity import weights_identity
 from luthier.base.load import Base
-from luthier.checkpoints.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
-from luthier.checkpoints.peft_format import slot_from_adapter, write_adapter
+from luthier.checkpoints.checkpoint import (
+    checkpoint_folder,
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    step_of,
+)
+from luthier.checkpoints.peft_format import load_values, slot_from_adapter, write_adapter
 from luthier.data.prepare import PreparedData
-from luthier.data.store import atomic_folder
+from luthier.files import atomic_folder
 from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob
 from luthier.engine.pack import BASE_SLOT
@@ -22,7 +29,7 @@ from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RecipeError
 from luthier.evaluate.card import write_card
 from luthier.evaluate.metrics import RowScore, evaluation
-from luthier.evaluate.record import write_text
+from luthier.files import write_text
 from luthier.evaluate.report import write_report
 from luthier.recipe import Recipe
 from luthier.worker.budget import JudgingBudget, choose_budget
@@ -139,7 +146,7 @@ class Run:
         self.job = TrainingJob(self.name, slot, self.data.train, self.recipe.train.spec())
         checkpoint = latest_checkpoint(self.folder.checkpoints) if self.resumed else None
         if checkpoint is not None:
-            extra = load_checkpoint(checkpoint, self.job)
+            extra = load_checkpoint(checkpoint, self.job, base)
             self._check_base(extra)
             self.best = Best(**extra["best"])
             self.seconds = {**extra["seconds"], **self.seconds}
@@ -337,15 +344,13 @@ class Run:
         if is_last_best and self.job.state != "failed":
             return self.job.step
         checkpoint = (
-            self.folder.checkpoints / f"step-{self.best.step:06d}" if wants_best and self.best.step
+            checkpoint_folder(self.folder.checkpoints, self.best.step) if wants_best and self.best.step
             else latest_checkpoint(self.folder.checkpoints)
         )  # fmt: skip
         if checkpoint is None:
             return 0
-        twin = slot_from_adapter(self.base, checkpoint)
-        self.job.slot.load({name: p.detach() for name, p in twin.parameters().items()})
-        self.base.bank.remove(twin)
-        return int(checkpoint.name.rsplit("-", 1)[1])
+        load_values(self.job.slot, self.base, checkpoint)
+        return step_of(checkpoint)
 
     def _write_adapter(self) -> None:
         if self.folder.adapter.exists():

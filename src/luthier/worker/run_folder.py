@@ -15,7 +15,7 @@ import yaml
 
 from luthier.errors import RunError, StorageError
 from luthier.evaluate.metrics import RowScore
-from luthier.evaluate.record import write_text
+from luthier.files import write_text
 from luthier.recipe import Recipe, validate
 
 FORMAT = 1

@@ -1,0 +1,243 @@
+"""A slot as PEFT's files. The way back is in `peft_read`; its verbs can be had from here too.
+
+A language-modelling adapter loads with `PeftModel.from_pretrained(model, folder)`. Two cases need a word more:
+
+- New tokens past the base's vocabulary: first `model.resize_token_embeddings(len(tokenizer))`, where that is more than
+  the model has, with the tokenizer that stands in the same folder. `AutoPeftModelForCausalLM.from_pretrained(folder)`
+  does it by itself.
+- A sequence head: a config with the number and names of the classes and the padding token stands in the folder's
+  `classifier/` (beside the adapter it would make transformers look for a whole model there), so that
+
+      config = AutoConfig.from_pretrained(folder, subfolder="classifier")
+      model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+
+  gives equal logits; so does `PeftModel.from_pretrained(base, folder)` over a base that was loaded with that config.
+  transformers pools at the last token that is not the padding token; a text never ends in it, so that is the text's
+  last token, alone or in a right-padded batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from luthier.base.adapter_files import WEIGHTS_FILE
+from luthier.base.load import Base
+from luthier.checkpoints.peft_names import HEAD, module_names, to_peft
+from luthier.checkpoints.peft_read import load_values, slot_from_adapter
+from luthier.checkpoints.tensor_file import write_tensors
+from luthier.engine.bank import Bank
+from luthier.engine.slot import Slot
+from luthier.errors import ModelError, RecipeError
+from luthier.files import writing
+from luthier.methods.lora.layer import scaling
+
+__all__ = ["check_writable", "classifier_config", "load_values", "peft_config", "slot_from_adapter", "write_adapter"]
+
+CLASSIFIER_FOLDER = "classifier"
+NO_TARGETS = "dummy-target-modules"
+"""PEFT's own word for an adapter that adapts no layer, but trains modules in full."""
+
+
+def write_adapter(
+    slot: Slot,
+    base: Base,
+    folder: Path,
+    *,
+    base_name: str,
+    labels: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, and for a sequence head classifier/config.json.
+
+    Args:
+        folder: Made if need be. Not replaced as a whole: use `luthier.files.atomic_folder` around this.
+        base_name: What the files call the base: a Hub id, or a path.
+        labels: Names of the classes of a slot with a sequence head, in their order; None numbers them.
+        pad_token_id: The padding token of the tokenizer; None takes the base's config's, else its EOS.
+        revision: The base's revision on the Hub.
+
+    Raises:
+        RecipeError: for a slot that PEFT's files cannot hold; see `check_writable`.
+        StorageError: where writing fails.
+    """
+    check_writable(slot, base)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        peft_config(slot, base, base_name, revision).save_pretrained(str(folder))
+        if slot.head is not None:
+            config = classifier_config(base, slot.head.out_features, labels, pad_token_id)
+            config.save_pretrained(str(folder / CLASSIFIER_FOLDER))
+    write_tensors(folder / WEIGHTS_FILE, to_peft(slot, base.bank))
+
+
+def check_writable(slot: Slot, base: Base) -> None:
+    """Refuse, before any training, a slot that peft and transformers could not load again.
+
+    Raises:
+        RecipeError: naming the two parts that do not go together, or what the base lacks.
+    """
+    bank = base.bank
+    ends = {bank.input_name: "the embedding", bank.output_name: "the output layer"}
+    for name in slot.saved_modules:
+        inner = [adapted for adapted in slot.adapters if adapted == name or adapted.startswith(f"{name}.")]
+        if inner:
+            raise _conflict(f"{inner[0]} is adapted, and {name} trained in full", "take it out of one of the two")
+        if slot.token_rows is not None and name in ends:
+            raise _conflict(
+                f"new_tokens trains rows of {ends[name]}, and modules_to_save the whole of it ({name})",
+                "leave one of the two out",
+            )
+    if slot.token_rows is not None and slot.head is None:
+        if bank.output_name in slot.adapters:
+            raise _conflict(
+                f"new_tokens trains rows of {bank.output_name}, which is adapted too", "leave one of them out"
+            )
+        if base.head_bias_V is not None:
+            raise _conflict("new_tokens on a base whose output layer has a bias, which PEFT would drop", "leave it out")
+    if slot.head is not None:
+        _check_classifier(slot, base)
+
+
+def peft_config(slot: Slot, base: Base, base_name: str, revision: str | None = None) -> Any:
+    """PEFT's own config of the slot."""
+    from peft import LoraConfig
+
+    spec = slot.spec
+    saved = [*([HEAD] if slot.head is not None else []), *slot.saved_modules]
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=_number(spec.alpha),  # type: ignore[arg-type]
+        lora_dropout=spec.dropout,
+        use_rslora=spec.rank_stabilized,
+        rank_pattern={n: f.a_RI.shape[0] for n, f in slot.adapters.items() if f.a_RI.shape[0] != spec.rank},
+        alpha_pattern=_alpha_pattern(slot),
+        modules_to_save=saved or None,
+        trainable_token_indices=_token_indices(slot, base.bank),
+        task_type="SEQ_CLS" if slot.head is not None else "CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        revision=revision,
+        inference_mode=True,
+    )
+    # Set afterwards, for LoraConfig makes a set of a list, whose order in the file would change from run to run.
+    config.target_modules = _targets(slot, base)
+    return config
+
+
+def classifier_config(
+    base: Base, num_classes: int, labels: Sequence[str] | None = None, pad_token_id: int | None = None
+) -> Any:
+    """The base's config with the classes, and with the padding token that transformers' pooling needs.
+
+    Args:
+        labels, pad_token_id: As in `write_adapter`.
+
+    Raises:
+        ModelError: when there are not as many labels as classes.
+    """
+    from transformers import AutoConfig
+
+    config = copy.deepcopy(base.config) if base.folder is None else AutoConfig.from_pretrained(base.folder)
+    names = list(labels) if labels is not None else [f"LABEL_{index}" for index in range(num_classes)]
+    if len(names) != num_classes:
+        raise ModelError(f"{len(names)} labels for a head of {num_classes} classes", "one label a class")
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+    config.architectures = [classifier_class(config).__name__]
+    text = config.get_text_config()
+    text.pad_token_id = next(
+        value for value in (pad_token_id, text.pad_token_id, _first(text.eos_token_id), 0) if value is not None
+    )
+    return config
+
+
+def classifier_class(config: Any) -> type[nn.Module]:
+    """transformers' sequence classifier of this architecture.
+
+    Raises:
+        RecipeError: where there is none.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise RecipeError(
+            f"task: transformers has no sequence classifier for the architecture {config.model_type!r}",
+            "an architecture with one, such as llama, mistral, qwen3, phi3 or gemma",
+            "use `task: completion` with the label as completion, or another base",
+        )
+    return cast(type[nn.Module], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
+
+
+def _check_classifier(slot: Slot, base: Base) -> None:
+    output = base.bank.output_name
+    if output in slot.adapters or output in slot.saved_modules:
+        raise _conflict(f"a classifier has no output layer, and {output} is to be trained", "leave it out")
+    if not _has_plain_head(classifier_class(base.config), base.config):
+        raise RecipeError(
+            f"task: transformers' sequence classifier for {base.config.model_type!r} has more than a plain head",
+            "an architecture such as llama, mistral, qwen3, phi3 or gemma",
+            "use `task: completion` with the label as completion, or another base",
+        )
+
+
+def _has_plain_head(model_class: type[nn.Module], config: Any) -> bool:
+    """Whether the classes are one matrix times the hidden state; encoders put more layers in between."""
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    if issubclass(model_class, GenericForSequenceClassification):
+        return True
+    with torch.device("meta"):
+        head = getattr(model_class(config), HEAD, None)
+    return isinstance(head, nn.Linear) and head.bias is None
+
+
+def _targets(slot: Slot, base: Base) -> list[str] | str:
+    """The ends of the names, as people write them, where PEFT takes them for exactly these layers; else whole names."""
+    if not slot.adapters:
+        return NO_TARGETS
+    ends = sorted({name.rsplit(".", 1)[-1] for name in slot.adapters})
+    names = [n for n in module_names(base.model) if slot.head is None or n != base.bank.output_name]
+    meant = {n for n in names if n.rsplit(".", 1)[-1] in ends and n not in slot.saved_modules}
+    return ends if meant == set(slot.adapters) else sorted(slot.adapters)
+
+
+def _alpha_pattern(slot: Slot) -> dict[str, float]:
+    """The alphas of layers whose scaling does not follow from the slot's own alpha."""
+    spec = slot.spec
+    found = {}
+    for name, factors in slot.adapters.items():
+        rank = factors.a_RI.shape[0]
+        if factors.scale != scaling(replace(spec, rank=rank)):
+            found[name] = _number(factors.scale * (math.sqrt(rank) if spec.rank_stabilized else rank))
+    return found
+
+
+def _token_indices(slot: Slot, bank: Bank) -> list[int] | dict[str, list[int]] | None:
+    if slot.token_rows is None:
+        return None
+    ids = slot.token_rows.ids_K.tolist()
+    if slot.token_rows.is_tied or slot.head is not None:
+        return ids
+    assert bank.output_name is not None
+    return {bank.input_name: ids, bank.output_name: ids}
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _first(value: Any) -> int | None:
+    return value[0] if isinstance(value, list | tuple) else value
+
+
+def _conflict(found: str, fix: str) -> RecipeError:
+    return RecipeError(f"method: {found}", "parts that peft can load together", fix)

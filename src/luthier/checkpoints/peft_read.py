@@ -1,0 +1,258 @@
+"""PEFT's files as a slot: an adapter that Luthier or peft wrote, to go on from or to chat with.
+
+Shapes: D hidden size, V rows of the base's embedding, W rows of an embedding in the files, K trained tokens.
+
+What is trained is read off the tensors. peft writes the whole embedding beside the adapter where the vocabulary was
+resized; its rows that differ from the base's become trained tokens of the slot, so that the logits are peft's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from luthier.base.adapter_files import HEAD_NAMES, PREFIX, AdapterFiles, read_adapter
+from luthier.base.load import Base
+from luthier.checkpoints.peft_names import TOKENS, module_names
+from luthier.checkpoints.tensor_file import read_tensors
+from luthier.engine.bank import Bank
+from luthier.engine.slot import Slot
+from luthier.errors import ModelError
+from luthier.methods.lora.layer import LoraFactors, scaling
+
+
+@dataclass(slots=True)
+class _Contents:
+    """An adapter's files, taken apart.
+
+    Attributes:
+        values: `Slot.parameters` name -> tensor.
+        targets: Adapted layers, and the factor of each one's update.
+        saved: Module trained in full -> its tensors, buffers included.
+        token_ids: Ascending.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, float] = field(default_factory=dict)
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    token_ids: tuple[int, ...] = ()
+
+
+def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None) -> Slot:
+    """Admit an existing adapter as a slot.
+
+    Args:
+        folder: The adapter's, or a run's or checkpoint's that holds one.
+        dropout: For training on; None keeps the adapter's own.
+
+    Raises:
+        ModelError: for an adapter of another kind or for another base, or damaged files.
+    """
+    files = read_adapter(folder)
+    contents = _take_apart(base.bank, files)
+    spec = replace(
+        files.spec(),
+        dropout=files.dropout if dropout is None else dropout,
+        modules_to_save=tuple(contents.saved),
+        new_tokens=contents.token_ids,
+    )
+    slot = base.bank.add(replace(spec, targets=tuple(contents.targets)), seed=0)
+    try:
+        for name, scale in contents.targets.items():
+            slot.adapters[name] = _factors(slot.adapters[name], contents.values, name, scale, spec.dropout)
+        for name, tensors in contents.saved.items():
+            _fill(slot.saved_modules[name], tensors, name, base.bank, files)
+        slot.load(contents.values)
+    except BaseException:
+        base.bank.remove(slot)
+        raise
+    slot.spec = spec
+    return slot
+
+
+def load_values(slot: Slot, base: Base, folder: Path) -> None:
+    """Put the values of an adapter's files into a slot that was made alike.
+
+    Raises:
+        ModelError: when the files are of another shape, or damaged.
+    """
+    files = read_adapter(folder)
+    contents = _take_apart(base.bank, files)
+    own_ids = tuple(slot.token_rows.ids_K.tolist()) if slot.token_rows is not None else ()
+    if contents.token_ids != own_ids:
+        raise _misfit(files, f"it trains the tokens {_few(contents.token_ids)}", f"the tokens {_few(own_ids)}")
+    for name in slot.saved_modules.keys() & contents.saved.keys():
+        _fill(slot.saved_modules[name], contents.saved[name], name, base.bank, files)
+    try:
+        slot.load(contents.values)
+    except (KeyError, ValueError) as error:
+        raise _misfit(files, str(error.args[0]), "what the recipe's method says") from None
+
+
+# -- taking the files apart
+
+
+def _take_apart(bank: Bank, files: AdapterFiles) -> _Contents:
+    tensors = _with_plain_names(read_tensors(files.weights))
+    contents = _Contents()
+    _take_low_rank(bank, files, tensors, contents)
+    if files.num_classes is not None:
+        head = next(name for name in HEAD_NAMES if f"{name}.weight" in tensors)
+        contents.values["head.weight"] = tensors.pop(f"{head}.weight")
+    _take_saved(bank, files, tensors, contents)
+    _take_token_rows(bank, files, tensors, contents)
+    if tensors:
+        raise ModelError(
+            f"{files.folder} holds {_few(sorted(tensors))}, which is not understood",
+            "low-rank factors, modules named in modules_to_save, and trained tokens",
+            "merge it into its base with peft (merge_and_unload), save that, and name the folder under `base`",
+        )
+    return contents
+
+
+def _with_plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without peft's prefix; of a module trained in full, one copy under the module's own name."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".original_module." not in name:  # what the module was before; an adapter never computes with it
+            plain.setdefault(name.removeprefix(PREFIX).replace(".modules_to_save.", "."), tensor)
+    return plain
+
+
+def _take_low_rank(bank: Bank, files: AdapterFiles, tensors: dict[str, Tensor], contents: _Contents) -> None:
+    named = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    strange = sorted(named - set(bank.linears))
+    if strange:
+        raise _misfit(files, f"it adapts {strange[0]}, which is no linear layer of this base", "this base's layers")
+    for name in (layer for layer in bank.linears if layer in named):
+        linear = bank.linears[name]
+        a_RI, b_OR = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
+        if (a_RI.shape[1], b_OR.shape[0]) != (linear.in_features, linear.out_features):
+            raise _misfit(
+                files,
+                f"{name} maps {a_RI.shape[1]} to {b_OR.shape[0]} features",
+                f"{linear.in_features} to {linear.out_features}",
+            )
+        contents.values |= {f"{name}.lora_A.weight": a_RI, f"{name}.lora_B.weight": b_OR}
+        contents.targets[name] = scaling(replace(files.spec(), rank=a_RI.shape[0], alpha=files.alpha_of(name)))
+
+
+def _take_saved(bank: Bank, files: AdapterFiles, tensors: dict[str, Tensor], contents: _Contents) -> None:
+    names = module_names(bank.model)
+    for wanted in files.modules_to_save:
+        # peft takes any name that ends so, in the middle of a word too.
+        for module in (name for name in names if name.endswith(wanted) and name not in contents.saved):
+            inside = {name for name in tensors if name.startswith(f"{module}.")}
+            if inside:
+                contents.saved[module] = {name.removeprefix(f"{module}."): tensors.pop(name) for name in sorted(inside)}
+    for module, parts in contents.saved.items():
+        parameters = dict(bank.original(module).named_parameters())
+        contents.values |= {f"{module}.{name}": tensor for name, tensor in parts.items() if name in parameters}
+
+
+def _take_token_rows(bank: Bank, files: AdapterFiles, tensors: dict[str, Tensor], contents: _Contents) -> None:
+    layers = [bank.input_name] + ([bank.output_name] if bank.output_name is not None else [])
+    changed = {layer: _changed_rows(bank, files, layer, tensors) for layer in layers}
+    ids = tuple(sorted({token for rows in changed.values() for token in rows}))
+    contents.token_ids = ids
+    if not ids:
+        return
+    fresh = bank.token_rows(ids)
+    starts = {bank.input_name: fresh.input_KD, bank.output_name: fresh.output_KD}
+    given = {layer: _with_rows(starts[layer], ids, changed[layer], contents.saved.get(layer)) for layer in layers}
+    contents.values["token_rows.input"] = given[bank.input_name]
+    if bank.output_name is None:
+        return
+    if not fresh.is_tied:
+        contents.values["token_rows.output"] = given[bank.output_name]
+    elif changed[bank.output_name] and not torch.equal(given[bank.input_name], given[bank.output_name]):
+        raise _misfit(
+            files, "its output rows of trained tokens are not its embedding's", "one row for both, as in the base"
+        )
+
+
+def _changed_rows(bank: Bank, files: AdapterFiles, layer: str, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+    """Rows that the files give to the embedding or output layer, by token."""
+    rows: dict[int, Tensor] = {}
+    for end in ("weight", "base_layer.weight", "token_adapter.base_layer.weight"):
+        whole_WD = tensors.pop(f"{layer}.{end}", None)
+        if whole_WD is not None:
+            base_VD: Tensor = bank.original(layer).weight.detach().cpu()  # type: ignore[assignment, operator]
+            num_known = min(len(base_VD), len(whole_WD))
+            given_VD = whole_WD[:num_known].to(base_VD.dtype)
+            differs_V = (given_VD != base_VD[:num_known]).any(dim=1)
+            differing = [*differs_V.nonzero()[:, 0].tolist(), *range(num_known, len(whole_WD))]
+            rows |= {token: whole_WD[token] for token in differing}
+    delta_KD = tensors.pop(f"{layer}.{TOKENS}", None)
+    if delta_KD is not None:
+        ids = _indices(files, layer)
+        if len(ids) != len(delta_KD):
+            raise _misfit(
+                files, f"{len(delta_KD)} rows of trained tokens in {layer}", f"{len(ids)}, as its config says"
+            )
+        rows |= dict(zip(ids, delta_KD, strict=True))
+    return rows
+
+
+def _indices(files: AdapterFiles, layer: str) -> tuple[int, ...]:
+    """Token ids of one layer's trained rows, in the order of the rows."""
+    indices = files.config.get("trainable_token_indices") or ()
+    if isinstance(indices, Mapping):
+        named = [ids for name, ids in indices.items() if layer.endswith(name)]
+        # Where the base ties the two layers, peft lists one of them and writes both.
+        indices = named[0] if named else next(iter(indices.values()), ())
+    return tuple(int(token) for token in indices)
+
+
+def _with_rows(
+    rows_KD: Tensor, ids: tuple[int, ...], changed: dict[int, Tensor], saved: dict[str, Tensor] | None
+) -> Tensor:
+    """The rows of `ids`: changed ones, else those of the layer's trained copy if it has one, else as they are."""
+    out_KD = rows_KD.detach().clone()
+    for at, token in enumerate(ids):
+        if token in changed:
+            out_KD[at] = changed[token].to(out_KD)
+        elif saved is not None and token < len(saved["weight"]):
+            out_KD[at] = saved["weight"][token].to(out_KD)
+    return out_KD
+
+
+# -- putting them into a slot
+
+
+def _factors(like: LoraFactors, values: dict[str, Tensor], name: str, scale: float, dropout: float) -> LoraFactors:
+    """Empty factors of the files' own rank."""
+    a_RI, b_OR = (torch.empty_like(values[f"{name}.lora_{half}.weight"]).to(like.a_RI) for half in "AB")
+    return LoraFactors(nn.Parameter(a_RI), nn.Parameter(b_OR), scale, dropout)
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], name: str, bank: Bank, files: AdapterFiles) -> None:
+    """Take a saved module's tensors in; an embedding or output layer may have grown."""
+    own = module.state_dict()
+    if own.keys() != tensors.keys():
+        raise _misfit(files, f"{name} holds {_few(sorted(tensors))}", _few(sorted(own)))
+    for part, tensor in tensors.items():
+        if tensor.shape != own[part].shape:
+            if name not in (bank.input_name, bank.output_name) or tensor.shape[1:] != own[part].shape[1:]:
+                raise _misfit(files, f"{name}.{part} has shape {tuple(tensor.shape)}", str(tuple(own[part].shape)))
+            parameter = getattr(module, part)
+            setattr(module, part, nn.Parameter(tensor.to(parameter), requires_grad=parameter.requires_grad))
+            setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(tensor))
+    module.load_state_dict(dict(tensors))
+
+
+def _misfit(files: AdapterFiles, found: str, expected: str) -> ModelError:
+    return ModelError(
+        f"{files.folder} does not fit this base: {found}",
+        expected,
+        f"take the base that its adapter_config.json names: {files.base_name}" if files.base_name else "",
+    )
+
+
+def _few(names: object) -> str:
+    listed = [str(name) for name in names]  # type: ignore[attr-defined]
+    return (", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")) or "none"

@@ -1,0 +1,330 @@
+"""Base and adapter as one plain transformers folder, which counts only once it has been loaded again and compared.
+
+Shapes: O outputs, I inputs of a linear layer, D hidden size, K trained tokens.
+
+The stages run one after the other, so that no more than one copy of the model is in memory: what base + adapter says on
+a few sequences; the merge, on a copy of the base of its own; the same sequences through the export as it was written. A
+resident base is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from luthier.base.adapter_files import read_adapter
+from luthier.base.folder import weight_files
+from luthier.base.load import DTYPES, load_base
+from luthier.checkpoints.peft_format import CLASSIFIER_FOLDER, check_writable, classifier_config
+from luthier.checkpoints.peft_names import HEAD
+from luthier.checkpoints.peft_read import slot_from_adapter
+from luthier.engine.slot import Slot
+from luthier.errors import ModelError, RunError, StorageError
+from luthier.export.compare import Tokens, distance, model_logits, random_sequences, slot_logits
+from luthier.files import atomic_folder
+from luthier.methods.lora.layer import merged_weight
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+GENERATION_FILE = "generation_config.json"
+
+LENGTHS_TOKENS = (4, 17, 40)
+"""Of the sequences that are compared."""
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Most that logits may differ, as a share of their spread, once weights are rounded to a type. Both sides compute in
+float32 at least, so that the rounding of weights is all that is seen: a bfloat16 keeps 8 bits, a float16 11."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What base + adapter says.
+
+    Attributes:
+        sequences: What the models are asked.
+        logits: As `slot_logits` gives them.
+        columns: Tokens (or classes) that base + adapter knows.
+        config: A classifier's config; None for a language model.
+    """
+
+    sequences: list[Tokens]
+    logits: list[Tensor]
+    columns: Tensor
+    config: Any
+
+    def check(self, model: Any, dtype: torch.dtype, what: str) -> None:
+        """Refuse a model that differs by more than the rounding of weights to `dtype` explains.
+
+        Raises:
+            ModelError: saying by how much.
+        """
+        found = model_logits(model, self.sequences, classifies=self.config is not None)
+        far = distance(self.logits, found, self.columns)
+        if not far <= TOLERANCES[dtype]:  # so written that NaN is refused
+            raise ModelError(
+                f"{what} differs from base and adapter by {far:.2g} of the logits' spread, so it was thrown away",
+                f"at most {TOLERANCES[dtype]:g} in {str(dtype).removeprefix('torch.')}",
+                "export with --dtype float32; if it differs still, use the adapter itself through peft, and report it",
+            )
+
+
+def export_merged(
+    base_folder: Path,
+    adapter_folder: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    on_progress: Say | None = None,
+) -> Path:
+    """Write base and adapter as one model that transformers loads by itself, and prove that it is the same model.
+
+    A language model loads with `AutoModelForCausalLM`, a classifier with `AutoModelForSequenceClassification`; the
+    tokenizer, chat template and stop tokens come from the adapter's folder, else from the base's.
+
+    Args:
+        base_folder: The base's folder; read only.
+        adapter_folder: PEFT's files, or a run's folder with an `adapter` in it.
+        output: Missing or empty. It appears whole, or not at all.
+        dtype: "float32", "bfloat16", "float16" or "float64"; None takes the type that the base is stored in.
+        on_progress: Hears of each stage.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ModelError: for an adapter that does not fit the base, or an export whose logits differ; nothing is left then.
+        RunError: for an output that is not empty, or an unknown dtype.
+        StorageError: where writing fails; nothing is left then.
+    """
+    say = on_progress or (lambda message: None)
+    check_free(output)
+    files = read_adapter(adapter_folder)
+    saved_dtype = _dtype(base_folder, dtype)
+    wide = torch.promote_types(saved_dtype, torch.float32)
+    say("Reading what base and adapter say")
+    slot, expected = _tuned(base_folder, files.folder, wide)
+    say("Merging")
+    model = _load(base_folder, wide, expected.config)
+    merge(model, slot)
+    expected.check(model, wide, "the merged model")
+    with atomic_folder(output) as temporary:
+        say("Writing")
+        _save(model.to(saved_dtype), temporary)
+        del model
+        _copy_tokenizer(files.folder if (files.folder / "tokenizer.json").is_file() else base_folder, temporary)
+        _copy_generation((files.folder, base_folder), temporary)
+        say("Loading the export again and comparing")
+        again = _load(temporary, wide, is_classifier=expected.config is not None)
+        expected.check(again, saved_dtype, f"the export {output}")
+    return output
+
+
+def check_free(output: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        RunError: when `output` is a file or a folder that is not empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"{output} is not empty", "a new or empty folder", "choose another with --output")
+
+
+@torch.no_grad()
+def merge(model: Any, slot: Slot) -> None:
+    """Write a slot into a model of its own: trained modules, then tokens' rows, then low-rank updates.
+
+    Args:
+        model: A freshly loaded causal language model or sequence classifier; changed in place.
+
+    Raises:
+        ModelError: where the model lacks a part that the slot changes.
+    """
+    output_name = _output_name(model)
+    if output_name is not None and _needs_untying(model, slot, output_name):
+        _untie(model)
+    for name, trained in slot.saved_modules.items():
+        _put(model, name, copy.deepcopy(trained).to(model.dtype))
+    _resize(model, slot)
+    if slot.token_rows is not None:
+        rows = slot.token_rows
+        model.get_input_embeddings().weight[rows.ids_K] = rows.input_KD.to(model.dtype)
+        if output_name is not None and not _is_tied(model):
+            model.get_output_embeddings().weight[rows.ids_K] = rows.output_KD.to(model.dtype)
+    for name, factors in slot.adapters.items():
+        weight_OI = model.get_submodule(name).weight
+        known = weight_OI[: factors.b_OR.shape[0]]  # the output layer may have grown
+        known.copy_(merged_weight(known, factors))
+    if slot.head is not None:
+        if not isinstance(getattr(model, HEAD, None), nn.Linear):
+            raise ModelError(
+                f"transformers' classifier {type(model).__name__} has no plain head", "a head of one matrix"
+            )
+        getattr(model, HEAD).weight.copy_(slot.head.weight)
+
+
+# -- stages
+
+
+def _tuned(base_folder: Path, adapter_folder: Path, wide: torch.dtype) -> tuple[Slot, Expected]:
+    """The slot, and what base + adapter says."""
+    base = load_base(base_folder, dtype=wide)
+    slot = slot_from_adapter(base, adapter_folder)
+    config, pad_token = None, None
+    num_columns, own = base.vocabulary_size, list(slot.token_rows.ids_K) if slot.token_rows is not None else []
+    if slot.head is not None:
+        check_writable(slot, base)
+        config = _classifier_config(base, slot, adapter_folder)
+        pad_token, num_columns = config.get_text_config().pad_token_id, slot.head.out_features
+    lengths = [min(length, base.max_positions or length) for length in LENGTHS_TOKENS]
+    ids = [int(token) for token in own]
+    # Short and random alike, and once more with the slot's own tokens.
+    sequences = random_sequences(lengths, base.vocabulary_size, avoid=pad_token)
+    if ids:
+        sequences += random_sequences(lengths, base.vocabulary_size, include=[i for i in ids if i != pad_token])
+    new_columns = [token for token in ids if token >= num_columns] if slot.head is None else []
+    columns = torch.tensor([*range(num_columns), *new_columns])
+    return slot, Expected(sequences, slot_logits(base, slot, sequences), columns, config)
+
+
+def _classifier_config(base: Any, slot: Slot, adapter_folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    assert slot.head is not None
+    if (adapter_folder / CLASSIFIER_FOLDER / "config.json").is_file():
+        config = AutoConfig.from_pretrained(adapter_folder, subfolder=CLASSIFIER_FOLDER, local_files_only=True)
+        if config.num_labels != slot.head.out_features:
+            raise ModelError(
+                f"{adapter_folder / CLASSIFIER_FOLDER} names {config.num_labels} classes",
+                f"{slot.head.out_features}, as the head has",
+            )
+        return config
+    return classifier_config(base, slot.head.out_features)
+
+
+def _load(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier: bool = False) -> Any:
+    """A model of its own, as a user loads the folder. With a classifier's `config`, its head is yet to be filled."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, logging
+
+    kind = AutoModelForSequenceClassification if config is not None or is_classifier else AutoModelForCausalLM
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the classifier's head is missing in the base by intent
+    try:
+        model = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            attn_implementation="sdpa", **({"config": copy.deepcopy(config)} if config is not None else {}),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder} does not load: {error}", "a model that transformers knows") from error
+    finally:
+        logging.set_verbosity(level)
+    return model.eval()
+
+
+def _save(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if model.can_generate():
+        model.generation_config = GenerationConfig()  # the right one is copied, whatever transformers thinks of it
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, as safetensors puts it
+        raise StorageError(
+            f"{folder} could not be written: {error}", "room and permission to write there", "free some space"
+        ) from error
+    (folder / GENERATION_FILE).unlink(missing_ok=True)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _copy_generation(sources: tuple[Path, ...], target: Path) -> None:
+    found = next((source for source in sources if (source / GENERATION_FILE).is_file()), None)
+    if found is not None:
+        shutil.copyfile(found / GENERATION_FILE, target / GENERATION_FILE)
+
+
+def _dtype(base_folder: Path, asked: str | None) -> torch.dtype:
+    if asked is not None:
+        if asked not in DTYPES:
+            raise RunError(f"dtype is {asked!r}", f"one of {', '.join(DTYPES)}", "choose one with --dtype")
+        return DTYPES[asked]
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    with safe_open(weight_files(base_folder)[0], framework="pt") as file:
+        stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    # The narrowest that is there: single tensors, such as norms, may be kept wider.
+    found = next((names[name] for name in ("BF16", "F16", "F32", "F64") if name in stored), "float32")
+    return DTYPES[found]
+
+
+# -- parts of the merge
+
+
+def _output_name(model: Any) -> str | None:
+    layer = model.get_output_embeddings()
+    return (
+        next((name for name, module in model.named_modules() if module is layer), None) if layer is not None else None
+    )
+
+
+def _is_tied(model: Any) -> bool:
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def _needs_untying(model: Any, slot: Slot, output_name: str) -> bool:
+    input_name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    changed = {*slot.saved_modules, *slot.adapters}
+    return _is_tied(model) and bool(changed & {input_name, output_name})
+
+
+def _untie(model: Any) -> None:
+    output = model.get_output_embeddings()
+    output.weight = nn.Parameter(output.weight.detach().clone())
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _resize(model: Any, slot: Slot) -> None:
+    """Make room for tokens past the base's vocabulary, which never shrinks. Rows that nobody trained are means."""
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    before = [(layer.weight.shape[0], layer.weight.mean(dim=0)) for layer in layers]
+    size = max(num_rows for num_rows, _ in before)
+    if slot.token_rows is not None:
+        size = max(size, int(slot.token_rows.ids_K[-1]) + 1)
+    if all(num_rows == size for num_rows, _ in before):
+        model.config.get_text_config().vocab_size = size
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    for layer, (num_rows, mean_D) in zip(layers, before, strict=True):
+        layer.weight[num_rows:] = mean_D
