@@ -163,7 +163,7 @@ def test_an_exploding_job_stops_with_advice_and_the_others_go_on(tiny_llama: Pat
     # The output layer in full: its logits can grow without bound.
     method = {"modules_to_save": ["lm_head"], "targets": ["q_proj"]}
     wild = recipe_for(
-        tiny_llama, tmp_path, "wild", method=method, train={"learning_rate": 5.0, "max_grad_norm": 0, "epochs": 4}
+        tiny_llama, tmp_path, "wild", method=method, train={"learning_rate": 5.0, "schedule": "constant", "epochs": 6}
     )
     calm = recipe_for(tiny_llama, tmp_path, "calm")
     results = luthier.train([wild, calm])

@@ -101,6 +101,8 @@ def check_writable(slot: Slot, base: Base) -> None:
             raise _conflict(
                 f"new_tokens trains rows of {bank.output_name}, which is adapted too", "leave one of them out"
             )
+        if bank.is_tied and not slot.token_rows.is_tied:
+            raise _conflict("new tokens have two different rows, and the base ties the two", "merge it into its base")
         if base.head_bias_V is not None:
             raise _conflict("new_tokens on a base whose output layer has a bias, which PEFT would drop", "leave it out")
     if slot.head is not None:

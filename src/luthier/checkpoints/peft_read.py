@@ -66,6 +66,9 @@ def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None) ->
             slot.adapters[name] = _factors(slot.adapters[name], contents.values, name, scale, spec.dropout)
         for name, tensors in contents.saved.items():
             _fill(slot.saved_modules[name], tensors, name, base.bank, files)
+        rows = slot.token_rows
+        if rows is not None and rows.is_tied and "token_rows.output" in contents.values:
+            rows.output_KD = nn.Parameter(rows.input_KD.detach().clone())  # the base ties the two; the adapter does not
         slot.load(contents.values)
     except BaseException:
         base.bank.remove(slot)
@@ -167,12 +170,9 @@ def _take_token_rows(bank: Bank, files: AdapterFiles, tensors: dict[str, Tensor]
     contents.values["token_rows.input"] = given[bank.input_name]
     if bank.output_name is None:
         return
-    if not fresh.is_tied:
+    differ = not torch.equal(given[bank.input_name], given[bank.output_name])
+    if not fresh.is_tied or (changed[bank.output_name] and differ):
         contents.values["token_rows.output"] = given[bank.output_name]
-    elif changed[bank.output_name] and not torch.equal(given[bank.input_name], given[bank.output_name]):
-        raise _misfit(
-            files, "its output rows of trained tokens are not its embedding's", "one row for both, as in the base"
-        )
 
 
 def _changed_rows(bank: Bank, files: AdapterFiles, layer: str, tensors: dict[str, Tensor]) -> dict[int, Tensor]:

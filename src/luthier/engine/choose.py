@@ -14,7 +14,7 @@ from torch import Tensor
 from luthier.engine.request import SamplingParams, TokenLogprob
 from luthier.ops.counter import mix_number
 
-_NUM_CANDIDATES = 256
+_NUM_CANDIDATES = (256, 4096)
 """A nucleus is first sought among this many likeliest tokens: a full sort takes ten times as long, and is seldom
 needed."""
 
@@ -84,7 +84,7 @@ def _nucleus(probability_SV: Tensor, top_p_S: Tensor, uniform_S: Tensor) -> Tens
     size = probability_SV.shape[-1]
     tokens_S = torch.empty_like(top_p_S, dtype=torch.int64)
     open_S = torch.arange(len(top_p_S), device=top_p_S.device)
-    for num_candidates in dict.fromkeys((min(_NUM_CANDIDATES, size), size)):
+    for num_candidates in (*(count for count in _NUM_CANDIDATES if count < size), size):
         candidate_SM, token_SM = probability_SV[open_S].topk(num_candidates, dim=-1)
         cumulative_SM = candidate_SM.double().cumsum(-1)
         is_enough = cumulative_SM[:, -1] >= top_p_S[open_S]

@@ -201,6 +201,7 @@ class LossWatch:
     """Notices a loss that is not finite, or that has run away from where it started."""
 
     WINDOW = 5
+    CEILING = 20.0
 
     def __init__(self) -> None:
         self.first: list[float] = []
@@ -215,8 +216,9 @@ class LossWatch:
             self.first.append(loss)
             return ""
         before, now = sum(self.first) / self.WINDOW, sum(self.recent) / self.WINDOW
-        # Means over a window, for single rows differ widely; twice a small loss is no explosion, so 3 nats besides.
-        if now > max(2.0 * before, before + 3.0):
+        # Means over a window, for single rows differ widely; twice a small loss is no explosion, so 3 nats besides. It
+        # may have exploded within the first window: guessing among a million tokens costs 14 nats.
+        if now > min(max(2.0 * before, before + 3.0), self.CEILING):
             return f"the loss has exploded, from {before:.3g} over the first steps to {now:.3g} over the last; {ADVICE}"
         return ""
 

@@ -1,0 +1,50 @@
+"""One side of a benchmark in a process of its own: its time, its memory, its losses."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a side reports.
+
+    Attributes:
+        losses: Mean loss of each optimizer step.
+        seconds: Wall time of each optimizer step.
+        num_tokens: Real tokens (no padding) of each optimizer step.
+        peak_bytes: Most resident memory of the process.
+    """
+
+    losses: list[float]
+    seconds: list[float]
+    num_tokens: list[int]
+    peak_bytes: int
+
+    def tokens_per_second(self, warmup: int = 2) -> float:
+        """Real tokens over wall time, the first steps left out."""
+        return sum(self.num_tokens[warmup:]) / sum(self.seconds[warmup:])
+
+
+def peak_bytes() -> int:
+    """Most resident memory of this process so far (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report(measured: Measured) -> None:
+    """Hand the result to the parent process, as the last line of standard output."""
+    print(json.dumps(asdict(measured)))
+
+
+def run_side(script: Path, arguments: Sequence[str]) -> Measured:
+    """Run `script` with `arguments` in a fresh process and read its result."""
+    done = subprocess.run([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    values: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return Measured(**values)
