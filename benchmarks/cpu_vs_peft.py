@@ -6,7 +6,8 @@ Three sides, each in a process of its own, one after another, `--repeats` times:
 
 - luthier: this engine.
 - peft: the usual loop, rows padded to the longest of the batch, loss from the model's own labels.
-- peft-best: the same made as good as it gets: rows sorted by length within a window of batches, and the output layer only
+- peft-best: the same made as good as it gets: rows sorted by length within a window of batches, and the output layer
+only
   where there is loss (`logits_to_keep`). Its batches are therefore others than the first two sides'.
 
 Prints a table of medians, the largest difference of the loss curves, and peak memory.
@@ -113,7 +114,10 @@ def batches(examples: list[Example], spec: TrainSpec, steps: int, *, sort: bool)
         order = np.random.default_rng([spec.seed, epoch]).permutation(len(examples))
         if sort:
             window = WINDOW_BATCHES * spec.batch_size
-            parts = [sorted(order[i : i + window], key=lambda j: examples[j].num_tokens) for i in range(0, len(order), window)]
+            parts = [
+                sorted(order[i : i + window], key=lambda j: examples[j].num_tokens)
+                for i in range(0, len(order), window)
+            ]
             order = np.concatenate(parts)
         chunks = [order[i * spec.batch_size : (i + 1) * spec.batch_size] for i in range(per_epoch)]
         if sort:
@@ -182,7 +186,10 @@ def compare(arguments: argparse.Namespace) -> None:
             apart = max(abs(a - b) / abs(b) for a, b in zip(curve, runs[side][0].losses, strict=True))
             shown = "other order" if side == "peft-best" else f"{apart:.1e}"
             last = runs[side][0].losses[-1]
-            print(f"{name:<20}{side:<12}{rate:>10.1f}{ours / rate:>7.2f}x{peak:>10.0f}{last:>12.4f}{shown:>12}", flush=True)
+            print(
+                f"{name:<20}{side:<12}{rate:>10.1f}{ours / rate:>7.2f}x{peak:>10.0f}{last:>12.4f}{shown:>12}",
+                flush=True,
+            )
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/joint.py --data DIR [--batch-sizes 1 4 16] [--steps 16] [--repeats 3]
 
-The jobs differ in rank, targets, learning rate and objective: two completions of banking77, one chat, one sequence head.
-Each side runs in a process of its own. Prints tokens/s, their ratio, and peak memory beside that of a single job.
+The jobs differ in rank, targets, learning rate and objective: two completions of banking77, one chat, one sequence
+head. Each side runs in a process of its own. Prints tokens/s, their ratio, and peak memory beside that of a single job.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ JOBS: list[tuple[str, AdapterSpec, float]] = [
     ("banking77", AdapterSpec(rank=8, alpha=16.0), 5e-4),
     ("short_instructions", AdapterSpec(rank=16, alpha=32.0, targets=("q_proj", "v_proj")), 1e-3),
     ("banking77-head", AdapterSpec(rank=4, alpha=8.0), 3e-4),
-    ("banking77", AdapterSpec(rank=16, alpha=16.0, rank_stabilized=True, targets=("gate_proj", "up_proj", "down_proj")), 2e-4),
-]  # fmt: skip
+    (
+        "banking77",
+        AdapterSpec(rank=16, alpha=16.0, rank_stabilized=True, targets=("gate_proj", "up_proj", "down_proj")),
+        2e-4,
+    ),
+]
 
 SIDES = ("one", "in-turn", "together")
 
@@ -81,20 +85,32 @@ def run_one(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    print(f"{'batch size':<12}{'in turn, tok/s':>15}{'together':>10}{'gain':>8}{'one, MiB':>10}{'together':>10}{'ratio':>8}")
+    print(
+        f"{'batch size':<12}{'in turn, tok/s':>15}{'together':>10}{'gain':>8}"
+        f"{'one, MiB':>10}{'together':>10}{'ratio':>8}"
+    )
     for batch_size in arguments.batch_sizes:
         runs: dict[str, list[Measured]] = {side: [] for side in SIDES}
         for _ in range(arguments.repeats):
             for side in SIDES:
-                flags = ["--data", str(arguments.data), "--batch-sizes", str(batch_size), "--steps", str(arguments.steps)]
+                flags = [
+                    "--data",
+                    str(arguments.data),
+                    "--batch-sizes",
+                    str(batch_size),
+                    "--steps",
+                    str(arguments.steps),
+                ]
                 flags += ["--threads", str(arguments.threads), "--base", arguments.base, "--side", side]
                 runs[side].append(run_side(Path(__file__), flags))
         rate = {side: statistics.median(r.tokens_per_second(warmup=0) for r in runs[side]) for side in SIDES}
         peak = {side: statistics.median(r.peak_bytes for r in runs[side]) / 2**20 for side in SIDES}
         print(
-            f"{batch_size:<12}{rate['in-turn']:>15.1f}{rate['together']:>10.1f}{rate['together'] / rate['in-turn']:>7.2f}x"
-            f"{peak['one']:>10.0f}{peak['together']:>10.0f}{peak['together'] / peak['one']:>7.2f}x", flush=True,
-        )  # fmt: skip
+            f"{batch_size:<12}{rate['in-turn']:>15.1f}{rate['together']:>10.1f}"
+            f"{rate['together'] / rate['in-turn']:>7.2f}x"
+            f"{peak['one']:>10.0f}{peak['together']:>10.0f}{peak['together'] / peak['one']:>7.2f}x",
+            flush=True,
+        )
 
 
 def main() -> None:

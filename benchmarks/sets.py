@@ -31,12 +31,13 @@ class BenchmarkSet:
 
 SETS = {
     "banking77": BenchmarkSet(
-        "classification/banking77", "completion",
+        "classification/banking77",
+        "completion",
         {"prompt": "Query: {{ text }}\nIntent:", "completion": " {{ label }}"},
     ),
     "banking77-head": BenchmarkSet("classification/banking77", "classification", {}),
     "short_instructions": BenchmarkSet("chat/short_instructions", "chat", {}),
-}  # fmt: skip
+}
 
 
 def read_rows(data: Path, name: str, part: str) -> list[dict[str, Any]]:

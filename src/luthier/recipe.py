@@ -1,8 +1,8 @@
 """The recipe: everything that a run is, in one small typed file.
 
 `JobSpec` is what an API accepts: base, task, method, train, judge. It holds no path. `Recipe` adds what only a file on
-your own machine can say: data paths, the starting adapter, the device and the output folder. Both are strict: an unknown
-field is an error that names its nearest neighbour.
+your own machine can say: data paths, the starting adapter, the device and the output folder. Both are strict: an
+unknown field is an error that names its nearest neighbour.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from luthier.strict import Strict
 from luthier.tasks.config import TaskConfig
 from luthier.types import TrainSpec
 
-FORMAT = 1
-
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -34,9 +32,9 @@ class DataConfig(Strict):
     """A share of the training rows to hold out (0 to 0.5), a file, or null for none."""
     format: Literal["auto", "chat", "prompt", "instruction", "sharegpt", "text", "classification"] = "auto"
     """How rows are shaped; `auto` recognizes it from the columns."""
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = Field(default_factory=dict)
     """The task's field name -> the file's column name, where they differ, as in {prompt: question}."""
-    template: dict[str, str] = {}
+    template: dict[str, str] = Field(default_factory=dict)
     """The task's field name -> a jinja2 template over the columns, as in {prompt: "Q: {{ question }}\\nA:"}."""
 
     @field_validator("validation")
@@ -77,7 +75,7 @@ class TrainConfig(Strict):
     max_length: int = Field(default=2048, ge=8)
     """Most tokens in one example; `truncation` says what happens past it."""
     truncation: Literal["error", "drop", "end", "start"] = "end"
-    """A longer example is an error, left out, or cut at its end or start. One that would keep no label is never trained."""
+    """A longer example is an error, left out, or cut at its end or start. One left without a label is never trained."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The frozen base's precision; auto is bfloat16 on a GPU and float32 on a CPU. Adapters stay float32."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
@@ -132,7 +130,7 @@ class ComputeConfig(Strict):
 class JobSpec(Strict):
     """One fine-tuning job without any path: what the API accepts."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     """Version of this format."""
     base: str = "smollm2-135m-instruct"
     """A catalogue name, a Hub id, or (in a recipe) a folder."""
@@ -213,7 +211,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe at {path}", fix="name an existing file, or write one with `luthier init`") from None
+        raise RecipeError(
+            f"there is no recipe at {path}", fix="name an existing file, or write one with `luthier init`"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}", "a YAML text file in UTF-8") from None
     try:
@@ -242,7 +242,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         section[last] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise RecipeError(f"--set {override!r}: the value is not valid YAML", "a number, a word, or a quoted text") from None
+        raise RecipeError(
+            f"--set {override!r}: the value is not valid YAML", "a number, a word, or a quoted text"
+        ) from None
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -1,7 +1,7 @@
 """The values that pass from one stage to the next, without torch and without pydantic.
 
-Everything here is a plain frozen dataclass over numpy, so that data checks run without loading torch and the engine runs
-without loading pydantic.
+Everything here is a plain frozen dataclass over numpy, so that data checks run without loading torch and the engine
+runs without loading pydantic.
 """
 
 from __future__ import annotations

@@ -249,3 +249,22 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(llama: Base, tmp_pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="could not be written"):
         write_adapter(stirred(llama, AdapterSpec(rank=2)), llama, tmp_path / "file" / "adapter", base_name="b")
+
+
+@pytest.mark.parametrize("spec", [SPECS["known tokens"], SPECS["trained embedding"], SPECS["classes"]])
+def test_a_base_that_scales_its_embedding_is_honoured(spec: AdapterSpec, tmp_path: Path) -> None:
+    """Gemma 3 multiplies looked-up rows by the root of its hidden size."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.1, pad_token_id=2, eos_token_id=2, bos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    scaled = load_base(tmp_path / "base", dtype="float64")
+    slot = stirred(scaled, spec)
+    write_adapter(slot, scaled, tmp_path / "adapter", base_name="b")
+    sequences = sequences_for(spec)
+    theirs = peft_logits(tmp_path / "base", tmp_path / "adapter", sequences)
+    assert distance(slot_logits(scaled, slot, sequences), theirs) < 1e-9

@@ -1,7 +1,7 @@
 """The engine's contract: company, splitting, leaving and coming back change nothing about a job.
 
-Every test runs on a tiny Llama and on a tiny Phi-3 with LongRoPE and a sliding window, in float64 at 1e-9 unless it says
-otherwise.
+Every test runs on a tiny Llama and on a tiny Phi-3 with LongRoPE and a sliding window, in float64 at 1e-9 unless it
+says otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.conftest import adapter_of, add_job, run_all
 from luthier.base.load import Base, load_base
 from luthier.engine.engine import Engine
 from luthier.engine.job import TrainingJob
@@ -21,15 +22,15 @@ from luthier.engine.pack import PackItem, pack
 from luthier.engine.step import train_step
 from luthier.types import AdapterSpec, Example, TrainSpec
 
-from engine.conftest import adapter_of, add_job, run_all
-
 MakeExamples = Callable[..., list[Example]]
 
 
 def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-9) -> None:
     assert left.keys() == right.keys()
     for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            left[name], right[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", range(4))

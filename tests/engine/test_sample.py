@@ -92,9 +92,13 @@ def test_greedy_equals_transformers(model: str, length: int, request: pytest.Fix
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     tokens = prompt(length, seed=length)
     expected = theirs.generate(
-        torch.from_numpy(tokens.astype(np.int64))[None], attention_mask=torch.ones(1, length, dtype=torch.int64),
-        max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0,
-    )[0, length:]  # fmt: skip
+        torch.from_numpy(tokens.astype(np.int64))[None],
+        attention_mask=torch.ones(1, length, dtype=torch.int64),
+        max_new_tokens=30,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, length:]
     [reply] = Sampler(load_base(folder, dtype="float64"), decode).run([greedy("a", tokens, 30)])
     assert reply.tokens == tuple(expected.tolist())
     assert reply.finish_reason == "length"
@@ -139,9 +143,16 @@ def test_a_head_that_scales_its_logits(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     config = GraniteConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, logits_scaling=8.0, initializer_range=0.1, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=8.0,
+        initializer_range=0.1,
+        max_position_embeddings=128,
+    )
     base = Base(GraniteForCausalLM(config).double().eval())
     assert base.is_packed
     assert not base.head_is_plain
@@ -202,11 +213,13 @@ def test_company_does_not_change_a_reply(base: Base, max_rows: int) -> None:
     kinds = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 3.0, "top_p": 0.99}]
     requests = [
         Request(
-            str(index), prompt(3 + 5 * index, index), slots[index % 3],
+            str(index),
+            prompt(3 + 5 * index, index),
+            slots[index % 3],
             SamplingParams(max_new_tokens=4 + index, seed=index, **kinds[index % 4]),
         )
         for index in range(8)
-    ]  # fmt: skip
+    ]
     alone = [Sampler(base, decode).run([request])[0] for request in requests]
     assert Sampler(base, decode, max_rows=max_rows).run(requests) == alone
     assert Sampler(base, decode, max_rows=max_rows).run(requests[::-1]) == alone[::-1]
@@ -421,8 +434,11 @@ def test_cancel(llama: Base) -> None:
     while sampler.has_work:
         done |= {event.name: event.completion for event in sampler.step() if event.completion is not None}
     assert {name: reply.finish_reason for name, reply in done.items()} == {
-        "0": "cancelled", "1": "length", "2": "length", "3": "cancelled",
-    }  # fmt: skip
+        "0": "cancelled",
+        "1": "length",
+        "2": "length",
+        "3": "cancelled",
+    }
     assert done["0"].tokens == greedy_by_hand(llama, requests[0].tokens, 2)
     assert done["0"].text == decode(done["0"].tokens)
     assert done["3"].tokens == ()
@@ -479,9 +495,16 @@ def test_run_reports_progress_and_refuses_bad_requests(llama: Base) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1},
-     {"stop_strings": ("",)}, {"num_logprobs": -1}],
-)  # fmt: skip
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"stop_strings": ("",)},
+        {"num_logprobs": -1},
+    ],
+)
 def test_parameters_that_do_not_hold(fields: dict[str, object]) -> None:
     with pytest.raises(SamplingError, match=next(iter(fields)).split("_")[0]):
         SamplingParams(**fields)

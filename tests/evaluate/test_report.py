@@ -14,9 +14,9 @@ from evaluate_runs import BEST_STEP, CLASSES, build_classification_run
 from luthier.errors import RunError, StorageError
 from luthier.evaluate import figures, samples
 from luthier.evaluate.record import read_run
-from luthier.files import write_text
 from luthier.evaluate.report import write_report
 from luthier.evaluate.summary import format_seconds, headline, summary_table, verdict
+from luthier.files import write_text
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

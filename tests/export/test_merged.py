@@ -173,6 +173,23 @@ def test_an_export_that_says_something_else_is_thrown_away(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_narrow_export_is_checked_as_tightly(
+    tiny_llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error far below what rounding costs is seen, because the files are held against the rounded model."""
+    save = module._save
+
+    def spoilt(model: Any, folder: Path) -> None:
+        with torch.no_grad():
+            model.get_submodule("model.layers.0.self_attn.o_proj").weight[0] *= 1.02
+        save(model, folder)
+
+    monkeypatch.setattr(module, "_save", spoilt)
+    with pytest.raises(ModelError, match="the export .* differs"):
+        export_merged(tiny_llama, adapter, tmp_path / "merged", dtype="bfloat16")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_a_merge_that_leaves_a_layer_out_is_noticed(
     tiny_llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

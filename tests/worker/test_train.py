@@ -177,9 +177,11 @@ def test_an_exploding_job_stops_with_advice_and_the_others_go_on(tiny_llama: Pat
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for(
-        tiny_llama, tmp_path, train={"epochs": 40, "learning_rate": 3e-2, "early_stopping": 2, "schedule": "constant"},
+        tiny_llama,
+        tmp_path,
+        train={"epochs": 40, "learning_rate": 3e-2, "early_stopping": 2, "schedule": "constant"},
         evaluation={"every": 2, "rows": 8},
-    )  # fmt: skip
+    )
     result = luthier.train(recipe)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "evaluation"}

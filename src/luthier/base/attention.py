@@ -2,13 +2,14 @@
 
 Shapes: H query heads, K key heads, T tokens of all sequences, D head size, N sequences, L positions of a cache.
 
-transformers hands every attention the keyword arguments of the model's forward. The ones used here carry its own names for
-flattened batches (`cu_seq_lens_q`, `max_length_q`); an argument that changes attention and is not understood here raises,
-so that a model with soft-capping or sinks fails its probe instead of training on wrong scores.
+transformers hands every attention the keyword arguments of the model's forward. The ones used here carry its own names
+for flattened batches (`cu_seq_lens_q`, `max_length_q`); an argument that changes attention and is not understood here
+raises, so that a model with soft-capping or sinks fails its probe instead of training on wrong scores.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,24 @@ PACKED_ATTENTION = "luthier_packed"
 
 # Arguments that transformers passes along and that change nothing here.
 _INERT = frozenset(
-    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
-     "logits_to_keep", "deterministic", "position_embeddings", "output_router_logits", "past_key_values", "is_causal",
-     "cu_seq_lens_k", "max_length_k", "num_items_in_batch"}
-)  # fmt: skip
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "logits_to_keep",
+        "deterministic",
+        "position_embeddings",
+        "output_router_logits",
+        "past_key_values",
+        "is_causal",
+        "cu_seq_lens_k",
+        "max_length_k",
+        "num_items_in_batch",
+    }
+)
 
 
 class KeyValueCache(Protocol):
@@ -89,17 +104,34 @@ def packed_attention(
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float, causal: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scale: float,
+    causal: bool,
     window: int | None,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, None]:
     from torch.nn.attention.varlen import varlen_attn
 
     before = -1 if window is None or window >= longest else window - 1
     # torch reads (-1, 0) as causal without a window.
     bounds = (before, 0) if causal else (before, before)
-    flat = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
-    heads = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    out_THD = varlen_attn(*flat, offsets, offsets, longest, longest, scale=scale, window_size=bounds, **heads)
+    q_THD, k_TKD, v_TKD = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    out_THD = varlen_attn(
+        q_THD,
+        k_TKD,
+        v_TKD,
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=scale,
+        window_size=bounds,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out_THD, Tensor)
     return out_THD[None], None
 
 
@@ -107,7 +139,7 @@ def _per_sequence(
     query: Tensor, key: Tensor, value: Tensor, offsets: list[int], scale: float, causal: bool, window: int | None
 ) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(offsets)]
     outputs = []
     # split, not slices: the backward of a split is one concatenation, that of a slice writes the whole tensor.
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):

@@ -44,12 +44,12 @@ class Base:
         head_is_plain: Whether logits are hidden x weight^T of the output layer and nothing else.
     """
 
-    def __init__(self, model: nn.Module, folder: Path | None = None, *, use_reference: bool = False) -> None:
+    def __init__(self, model: Any, folder: Path | None = None, *, use_reference: bool = False) -> None:
         from luthier.base.probe import probe
 
         model.requires_grad_(False)
         model.eval()
-        self.model: Any = model
+        self.model = model
         self.folder = folder
         self.config: Any = model.config
         embedding = self.model.get_input_embeddings().weight
@@ -227,7 +227,11 @@ class Base:
 
 
 def load_base(
-    folder: Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", use_reference: bool = False
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    use_reference: bool = False,
 ) -> Base:
     """Load a causal language model from a folder of safetensors.
 
@@ -239,15 +243,20 @@ def load_base(
     torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            folder,
+            dtype=torch_dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
             attn_implementation="sdpa",
-        )  # fmt: skip
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder} does not load as a causal language model: {error}",
             "a folder with config.json and safetensors weights of an architecture that transformers knows",
         ) from error
-    return Base(model.to(device), Path(folder), use_reference=use_reference)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return Base(model, Path(folder), use_reference=use_reference)
 
 
 def _sequence_segments(slots: tuple[int, ...], rows_each: int) -> tuple[Segment, ...]:

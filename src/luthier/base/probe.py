@@ -1,8 +1,8 @@
 """What a base turns out to be when it is loaded: may it run packed, is its head plain, which layers share an input.
 
-A packed forward is held against separate ones on sequences longer than any sliding window, and the packed attention must
-have been called once a layer. An architecture that shifts positions, keeps its own attention or leaks state between
-neighbours fails here, and runs padded.
+A packed forward is held against separate ones on sequences longer than any sliding window, and the packed attention
+must have been called once a layer. An architecture that shifts positions, keeps its own attention or leaks state
+between neighbours fails here, and runs padded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from luthier.base.load import Base
 
 LONGEST_WINDOW = 512
-"""A window past this many tokens is probed at a shorter length, for the time it would take: the window's own arithmetic is
+"""A window past this many tokens is probed at a shorter length, for the time it would take: the window's arithmetic is
 the same code at any size."""
 
 
@@ -56,9 +56,7 @@ def _examples(base: Base) -> list[Example]:
         lengths.append(limit + 7)  # one sequence of LongRoPE's long class beside short ones
     random = np.random.default_rng(0)
     top = min(base.vocabulary_size, 32_000)
-    return [
-        Example(random.integers(0, top, size=n).astype(np.int32), np.zeros(n, dtype=np.float32)) for n in lengths
-    ]
+    return [Example(random.integers(0, top, size=n).astype(np.int32), np.zeros(n, dtype=np.float32)) for n in lengths]
 
 
 def _separately(base: Base, examples: list[Example]) -> tuple[list[Tensor], Tensor, Tensor]:

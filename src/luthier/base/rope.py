@@ -1,8 +1,8 @@
 """LongRoPE chosen per sequence.
 
-transformers picks a LongRoPE model's short or long factors by the longest position of the whole forward, so that one long
-neighbour changes every short sequence beside it. Here each sequence gets the factors that it would get alone: the model's
-own rotary module runs once per class, and each token takes the result of its sequence's class.
+transformers picks a LongRoPE model's short or long factors by the longest position of the whole forward, so that one
+long neighbour changes every short sequence beside it. Here each sequence gets the factors that it would get alone: the
+model's own rotary module runs once per class, and each token takes the result of its sequence's class.
 
 Shapes: B rows, L positions a row (packed: B = 1).
 """
@@ -34,8 +34,8 @@ class PerSequenceRotary(nn.Module):
         if long_BL is None or not bool(long_BL.any()):
             inside = position_ids if long_BL is None else position_ids.clamp(max=self.short_positions - 1)
             return self.rotary(x, inside, *others, **named)
-        # The module reads the class off the largest position: mask the other class's positions out of its sight. A class
-        # is a whole sequence, so short tokens lie below `short_positions` and any long sequence reaches past it.
+        # The module reads the class off the largest position: mask the other class's positions out of its sight. A
+        # class is a whole sequence, so short tokens lie below `short_positions` and any long sequence reaches past it.
         masked_BL = position_ids * long_BL
         reach = masked_BL.new_full((masked_BL.shape[0], 1), self.short_positions)
         long_positions = torch.cat([masked_BL, reach], dim=1)
@@ -65,5 +65,7 @@ def wrap_longrope(model: nn.Module) -> list[PerSequenceRotary]:
 def longrope_short_positions(config: Any) -> int:
     """Most positions of a sequence that LongRoPE's short factors serve."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    limit = parameters.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    limit = parameters.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
     return int(limit or config.max_position_embeddings)

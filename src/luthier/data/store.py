@@ -6,11 +6,7 @@ store's name always holds a whole store.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property

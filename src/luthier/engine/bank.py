@@ -1,11 +1,11 @@
 """The bank: many jobs' slots around one frozen base.
 
-Shapes: T rows of a forward (tokens, or padded positions), P rows of the output layer, I inputs, O outputs, D hidden size,
-V base vocabulary, K trained tokens.
+Shapes: T rows of a forward (tokens, or padded positions), P rows of the output layer, I inputs, O outputs, D hidden
+size, V base vocabulary, K trained tokens.
 
 The bank replaces the base's linear layers (and any module that a slot trains in full) by wrappers that look up, in the
-current `Routing`, which rows belong to which slot. The wrappers hold no state of a job: adding and removing a slot touches
-only the slot. A row whose slot does not adapt a layer gets the base's own output.
+current `Routing`, which rows belong to which slot. The wrappers hold no state of a job: adding and removing a slot
+touches only the slot. A row whose slot does not adapt a layer gets the base's own output.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Bank:
         use_reference: Compute low-rank updates by the plain reference instead of the fused node.
     """
 
-    def __init__(self, model: nn.Module, *, use_reference: bool = False) -> None:
+    def __init__(self, model: Any, *, use_reference: bool = False) -> None:
         self.model = model
         self.slots: dict[int, Slot] = {}
         self.routing = NO_ROUTING
@@ -231,12 +231,12 @@ class Bank:
         return TokenRows(ids_K.to(input_KD.device), input_KD, output_KD)
 
     def _sequence_head(self, num_classes: int, generator: torch.Generator) -> nn.Linear:
-        weight = self.original(self.input_name).weight
-        head = nn.Linear(weight.shape[1], num_classes, bias=False)  # type: ignore[index]
+        weight: Any = self.original(self.input_name).weight
+        head = nn.Linear(weight.shape[1], num_classes, bias=False)
         std = getattr(getattr(self.model, "config", None), "initializer_range", None) or 0.02
         with torch.no_grad():
             head.weight.normal_(0.0, std, generator=generator)
-        return head.to(weight.device, _wide(weight))  # type: ignore[arg-type]
+        return head.to(weight.device, _wide(weight))
 
 
 class BankModule(nn.Module):
@@ -447,7 +447,7 @@ def _with_output_rows(out: Tensor, hidden: Tensor, rows: TokenRows) -> Tensor:
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
-    """Concatenate rows; logits of slots with new tokens are wider, and the others' are filled so that they never win."""
+    """Concatenate rows; logits of slots with new tokens are wider; the others' are filled so as never to win."""
     width = max(part.shape[-1] for part in parts)
     low = torch.finfo(parts[0].dtype).min
     return torch.cat([F.pad(p, (0, width - p.shape[-1]), value=low) if p.shape[-1] < width else p for p in parts])
@@ -458,7 +458,9 @@ def _ends_with(name: str, wanted: str) -> bool:
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str | None:
-    return next((name for name, other in model.named_modules() if other is module), None) if module is not None else None
+    return (
+        next((name for name, other in model.named_modules() if other is module), None) if module is not None else None
+    )
 
 
 def _wide(weight: Tensor) -> torch.dtype:

@@ -185,9 +185,14 @@ class RowCache:
                 value = values_RKLD[span.row : span.row + 1, :, : span.total]
             mask = self._span_mask(span, window, query_1HTD)
             out_1HnD = F.scaled_dot_product_attention(
-                query_1HTD[:, :, new], key, value, attn_mask=mask, is_causal=mask is None, scale=scale,
+                query_1HTD[:, :, new],
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
                 enable_gqa=query_1HTD.shape[1] != key_1KTD.shape[1],
-            )  # fmt: skip
+            )
             out_THD[new] = out_1HnD[0].transpose(0, 1)
         return out_THD.transpose(0, 1)[None]
 
@@ -204,9 +209,13 @@ class RowCache:
         # they know no grouped heads; the CPU's is faster with grouped heads.
         heads = (num_key_heads, num_heads // num_key_heads) if query_RHD.is_cuda else (num_heads, 1)
         out_RHGD = F.scaled_dot_product_attention(
-            query_RHD.reshape(num_rows, *heads, -1), key, value, attn_mask=self._alone_mask(window, query_RHD),
-            scale=scale, enable_gqa=heads[0] != num_key_heads,
-        )  # fmt: skip
+            query_RHD.reshape(num_rows, *heads, -1),
+            key,
+            value,
+            attn_mask=self._alone_mask(window, query_RHD),
+            scale=scale,
+            enable_gqa=heads[0] != num_key_heads,
+        )
         return out_RHGD.reshape(num_rows, num_heads, -1)
 
     def _alone_mask(self, window: int | None, like: Tensor) -> Tensor | None:

@@ -6,7 +6,8 @@
         for report in engine.step():
             ...
 
-Jobs come, pause, resume, and leave between any two calls of `step`. Evaluation, checkpoints and reports are the caller's.
+Jobs come, pause, resume, and leave between any two calls of `step`. Evaluation, checkpoints and reports are the
+caller's.
 """
 
 from __future__ import annotations

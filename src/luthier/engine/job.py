@@ -1,7 +1,7 @@
 """One job as the engine sees it: a slot, examples, an optimizer, and a cursor that is nothing but the step number.
 
-Which examples make up step n, and where its micro-batches are cut, follows from the job's own seed and settings alone, so a
-job trains the same in any company and takes up exactly where it stopped.
+Which examples make up step n, and where its micro-batches are cut, follows from the job's own seed and settings alone,
+so a job trains the same in any company and takes up exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class TrainingJob:
         self.problem = ""
         self.num_tokens_done = 0
         self._pending: deque[list[PackItem]] = deque()
+        self._order: tuple[int, np.ndarray] | None = None
         self._denominator = 0.0
         self._totals = SlotReport(0.0, 0.0, 0, 0)
         self._seconds = 0.0
@@ -95,9 +96,14 @@ class TrainingJob:
         return self._totals.num_tokens == 0
 
     def batch_indices(self, step: int) -> np.ndarray:
-        """Indices of the examples of optimizer step `step` (from 0): epochs are shuffled apart, the last batch is smaller."""
+        """Indices of the examples of optimizer step `step` (from 0).
+
+        Each epoch is shuffled by itself, and its last batch may be smaller.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.spec.seed, epoch]).permutation(len(self.examples))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.spec.seed, epoch]).permutation(len(self.examples))
+        order = self._order[1]
         return order[within * self.spec.batch_size : (within + 1) * self.spec.batch_size]
 
     def next_micro_batch(self) -> list[PackItem]:
@@ -167,9 +173,7 @@ class TrainingJob:
 
     def _begin_step(self) -> None:
         indices = self.batch_indices(self.step)
-        items = [
-            PackItem(self.examples[int(i)], self.slot.index, (self.spec.seed, self.step, int(i))) for i in indices
-        ]
+        items = [PackItem(self.examples[int(i)], self.slot.index, (self.spec.seed, self.step, int(i))) for i in indices]
         self._denominator = sum(loss_weight(item.example) for item in items)
         self._pending = deque(split_by_tokens(items, self.micro_batch_tokens))
 
@@ -189,9 +193,16 @@ class TrainingJob:
         if self.step >= self.total_steps:
             self.state = "done"
         return StepReport(
-            self.name, self.step, self.step / self.steps_per_epoch, loss, rate, norm, totals.num_tokens,
-            totals.num_supervised_tokens, seconds,
-        )  # fmt: skip
+            self.name,
+            self.step,
+            self.step / self.steps_per_epoch,
+            loss,
+            rate,
+            norm,
+            totals.num_tokens,
+            totals.num_supervised_tokens,
+            seconds,
+        )
 
 
 ADVICE = "lower train.learning_rate (try a tenth), or set train.warmup_steps, and look at the rows with `luthier check`"

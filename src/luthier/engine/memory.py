@@ -1,7 +1,8 @@
 """What a job will need in memory, before it runs.
 
 Weights, adapters, gradients and optimizer state are counted. Activations are measured: a small forward under
-`saved_tensors_hooks` tells which tensors the backward keeps, for any architecture, and their bytes grow with the tokens.
+`saved_tensors_hooks` tells which tensors the backward keeps, for any architecture, and their bytes grow with the
+tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import torch
 from torch import Tensor
 
 from luthier.base.load import Base
-from luthier.engine.bank import Routing
 from luthier.engine.job import TrainingJob, split_by_tokens
-from luthier.engine.pack import PackItem, Segment, pack
+from luthier.engine.pack import PackItem, pack
 from luthier.engine.slot import Slot
 from luthier.types import Example
 
@@ -36,8 +36,8 @@ class MemoryPlan:
         adapters, gradients, optimizer: Of all the jobs together.
         activations: What the largest joint forward keeps for its backward, with the output layer's chunk.
         tokens: Tokens in the largest joint forward.
-        available: What the device has left for adapters, gradients, optimizer and activations; the base is loaded already.
-        per_token: Activations of one token.
+        available: What the device has left for adapters, gradients, optimizer and activations; the base is loaded
+        already. per_token: Activations of one token.
     """
 
     base: int
@@ -156,4 +156,3 @@ def fit_micro_batches(base: Base, jobs: Sequence[TrainingJob], budget_tokens: in
     for job in jobs:
         job.micro_batch_tokens = max(16, min(job.micro_batch_tokens, budget))
     return budget
-

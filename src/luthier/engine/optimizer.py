@@ -28,9 +28,13 @@ class JobOptimizer:
         self.total_steps = total_steps
         self.num_steps = 0
         self._adamw = torch.optim.AdamW(
-            list(parameters.values()), lr=spec.learning_rate, betas=spec.betas, eps=spec.eps,
-            weight_decay=spec.weight_decay, fused=True,
-        )  # fmt: skip
+            list(parameters.values()),
+            lr=spec.learning_rate,
+            betas=spec.betas,
+            eps=spec.eps,
+            weight_decay=spec.weight_decay,
+            fused=True,
+        )
 
     @property
     def learning_rate(self) -> float:
@@ -41,7 +45,8 @@ class JobOptimizer:
         """Clip, step and clear the gradients.
 
         Returns:
-            The gradient's 2-norm before clipping and the learning rate used. A gradient that is not finite is not applied.
+            The gradient's 2-norm before clipping and the learning rate used. A gradient that is not finite is not
+            applied.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -85,7 +90,7 @@ class JobOptimizer:
 
 
 def learning_rate_at(step: int, total_steps: int, spec: TrainSpec) -> float:
-    """The learning rate of step `step` (from 0): linear warm-up, then constant, linear or half-cosine decay to the floor."""
+    """The learning rate of step `step` (from 0): linear warm-up, then constant, linear or cosine decay."""
     if step < spec.warmup_steps:
         return spec.learning_rate * (step + 1) / (spec.warmup_steps + 1)
     if spec.schedule == "constant":

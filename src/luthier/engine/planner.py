@@ -1,8 +1,8 @@
 """From pending work to the next forward: a pure function.
 
 Every job offers its next micro-batch, whose bounds are its own affair. The planner chooses which of them share the next
-forward: the job that has been served least per unit of its share comes first, and others join while the budget lasts. So a
-job with small batches never waits behind a large one for long, and none is starved.
+forward: the job that has been served least per unit of its share comes first, and others join while the budget lasts.
+So a job with small batches never waits behind a large one for long, and none is starved.
 """
 
 from __future__ import annotations

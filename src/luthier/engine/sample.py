@@ -284,9 +284,14 @@ class Sampler:
         return TokenEvent(reply.request.name, choice.token, delta, choice.logprob)
 
     def _finish(
-        self, reply: Reply, token: int | None, delta: str, logprob: TokenLogprob | None, reason: FinishReason,
+        self,
+        reply: Reply,
+        token: int | None,
+        delta: str,
+        logprob: TokenLogprob | None,
+        reason: FinishReason,
         problem: str = "",
-    ) -> TokenEvent:  # fmt: skip
+    ) -> TokenEvent:
         request = reply.request
         delta += reply.text.finish()
         reply.is_active = False

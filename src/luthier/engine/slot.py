@@ -68,7 +68,7 @@ class Slot:
             if not self.token_rows.is_tied:
                 named["token_rows.output"] = self.token_rows.output_KD
         if self.head is not None:
-            named["head.weight"] = self.head.weight
+            named |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
         return named
 
     @property

@@ -55,7 +55,8 @@ def train_step(base: Base, batch: PackedBatch, denominators: Mapping[int, float]
     """Forward and backward; gradients add up in each slot's parameters.
 
     Args:
-        denominators: Slot -> total weight of its whole optimizer batch. The slot's loss here is its weighted sum over that
+        denominators: Slot -> total weight of its whole optimizer batch. The slot's loss here is its weighted sum over
+            that
             total, so that however the optimizer batch is split, and whoever is in the batch, its gradient is the same.
     """
     with base.bank.routed(base.routing(batch, training=True)):
@@ -83,13 +84,20 @@ def score(base: Base, batch: PackedBatch) -> list[SequenceReport]:
     predicted = torch.full((batch.num_sequences,), -1, dtype=torch.int64, device=base.device)
     if tokens is not None:
         weights_P = batch.target_weight_P.double()
-        values = (tokens.nll_P.double() * weights_P, weights_P, tokens.is_correct_P.double(), torch.ones_like(weights_P))
+        values = (
+            tokens.nll_P.double() * weights_P,
+            weights_P,
+            tokens.is_correct_P.double(),
+            torch.ones_like(weights_P),
+        )
         for row, value_P in zip(sums, values, strict=True):
             row.index_add_(0, batch.target_rows_P, value_P)
     if classes is not None:
         scores, predicted_C = classes
         ones_C = torch.ones_like(scores.nll_P, dtype=torch.float64)
-        for row, value_C in zip(sums, (scores.nll_P.double(), ones_C, scores.is_correct_P.double(), ones_C), strict=True):
+        for row, value_C in zip(
+            sums, (scores.nll_P.double(), ones_C, scores.is_correct_P.double(), ones_C), strict=True
+        ):
             row.index_add_(0, batch.class_rows_C, value_C)
         predicted[batch.class_rows_C] = predicted_C
     return [
@@ -138,9 +146,7 @@ def _per_row(segments: tuple, denominators: Mapping[int, float], like: Tensor) -
     return out
 
 
-def _slot_reports(
-    batch: PackedBatch, tokens: TokenScores | None, classes: TokenScores | None
-) -> dict[int, SlotReport]:
+def _slot_reports(batch: PackedBatch, tokens: TokenScores | None, classes: TokenScores | None) -> dict[int, SlotReport]:
     nll: dict[int, float] = {}
     weight: dict[int, float] = {}
     count: dict[int, int] = {}
@@ -160,8 +166,10 @@ def _slot_reports(
             count[segment.slot] = count.get(segment.slot, 0) + size
     return {
         segment.slot: SlotReport(
-            nll.get(segment.slot, 0.0), weight.get(segment.slot, 0.0), segment.end - segment.start,
+            nll.get(segment.slot, 0.0),
+            weight.get(segment.slot, 0.0),
+            segment.end - segment.start,
             count.get(segment.slot, 0),
         )
         for segment in batch.segments
-    }  # fmt: skip
+    }

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from luthier.errors import RunError, StorageError
+from luthier.errors import RunError
 from luthier.evaluate.metrics import RowScore, compare
 from luthier.evaluate.summary import primary_metric
 

@@ -230,9 +230,14 @@ def _load(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier
     logging.set_verbosity_error()  # the classifier's head is missing in the base by intent
     try:
         model = kind.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            attn_implementation="sdpa", **({"config": copy.deepcopy(config)} if config is not None else {}),
-        )  # fmt: skip
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            **({"config": copy.deepcopy(config)} if config is not None else {}),
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder} does not load: {error}", "a model that transformers knows") from error
     finally:

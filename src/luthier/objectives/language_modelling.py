@@ -4,9 +4,9 @@ Shapes: P supervised positions, D hidden size, V vocabulary.
 
     nll_p = logsumexp(z_p) - z_p[target_p],    z_p = W h_p + b
 
-`next_token_nll_reference` states it over logits. `frozen_head_nll` fuses a frozen plain output layer with its loss: it walks
-over the positions in chunks, so that only a chunk's logits exist at a time, and forms the gradient with respect to the
-hidden states at once, (softmax(z) - onehot) W, while they do.
+`next_token_nll_reference` states it over logits. `frozen_head_nll` fuses a frozen plain output layer with its loss: it
+walks over the positions in chunks, so that only a chunk's logits exist at a time, and forms the gradient with respect
+to the hidden states at once, (softmax(z) - onehot) W, while they do.
 """
 
 from __future__ import annotations

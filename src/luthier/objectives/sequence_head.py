@@ -2,8 +2,8 @@
 
 Shapes: C sequences with a class, D hidden size, K classes.
 
-The pooling rule is that of transformers' `*ForSequenceClassification` for a text that does not end in the padding token: the
-last token's hidden state after the final norm. The loss of a sequence is the cross-entropy of its class.
+The pooling rule is that of transformers' `*ForSequenceClassification` for a text that does not end in the padding
+token: the last token's hidden state after the final norm. The loss of a sequence is the cross-entropy of its class.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Shapes: T tokens, F features.
 
-A mask entry is a hash of (job seed, optimizer step, example, token position, module, feature). The mixing function is the
-32-bit finalizer of MurmurHash3 (A. Appleby, public domain), in int64 arithmetic so that every product stays exact.
+A mask entry is a hash of (job seed, optimizer step, example, token position, module, feature). The mixing function is
+the 32-bit finalizer of MurmurHash3 (A. Appleby, public domain), in int64 arithmetic so that every product stays exact.
 """
 
 from __future__ import annotations

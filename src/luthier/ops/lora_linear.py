@@ -4,9 +4,9 @@ Shapes: T rows sorted by slot, I inputs, O outputs, R rank.
 
 For rows of slot s and layer l:    y = W_l x + b_l + c B_ls A_ls x,    c = alpha / r or alpha / sqrt(r)
 
-`lora_linear_reference` states that with plain differentiable operations. `lora_linear` computes the same in one autograd
-node: it adds the low-rank part into the base product's memory, runs the A-products of a slot's layers as one, and sums the
-layers' input gradients in place. Both compute in the input's dtype or, if wider, the adapter's.
+`lora_linear_reference` states that with plain differentiable operations. `lora_linear` computes the same in one
+autograd node: it adds the low-rank part into the base product's memory, runs the A-products of a slot's layers as one,
+and sums the layers' input gradients in place. Both compute in the input's dtype or, if wider, the adapter's.
 """
 
 from __future__ import annotations

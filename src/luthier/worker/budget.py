@@ -23,9 +23,16 @@ class JudgingBudget:
 
 
 def choose_budget(
-    *, num_held_out: int, train_tokens: float, row_tokens: float, reply_tokens: float, num_models: int,
-    rows: int | None, generate_rows: int | None, generates: bool,
-) -> JudgingBudget:  # fmt: skip
+    *,
+    num_held_out: int,
+    train_tokens: float,
+    row_tokens: float,
+    reply_tokens: float,
+    num_models: int,
+    rows: int | None,
+    generate_rows: int | None,
+    generates: bool,
+) -> JudgingBudget:
     """The rows to judge on.
 
     Args:

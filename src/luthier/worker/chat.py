@@ -52,9 +52,16 @@ class ChatSession:
         return self.slot is not None
 
     def reply(
-        self, messages: list[dict[str, Any]], *, base: bool = False, temperature: float = 0.0, top_p: float = 1.0,
-        seed: int | None = None, max_new_tokens: int | None = None, tools: list[dict[str, Any]] | None = None,
-    ) -> Iterator[str]:  # fmt: skip
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        base: bool = False,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Iterator[str]:
         """Stream the reply to a conversation as pieces of text.
 
         Args:
@@ -69,9 +76,12 @@ class ChatSession:
         else:
             tokens = self.renderer.chat_prompt(messages, tools)
         params = SamplingParams(
-            max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed or 0,
+            max_new_tokens=max_new_tokens or 512,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed or 0,
             stop_ids=tuple(self.renderer.stop_ids),
-        )  # fmt: skip
+        )
         slot = BASE_SLOT if base or self.slot is None else self.slot.index
         name = str(next(self._names))
         self._sampler.submit(Request(name, np.array(tokens, dtype=np.int32), slot, params))

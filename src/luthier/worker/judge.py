@@ -26,7 +26,7 @@ SCORE_TOKENS = 4096
 """Tokens in one forward while scoring."""
 
 ROOM_FOR_REPLY = 1.25
-"""A reply may be this much longer than the longest reference judged, plus `EXTRA_TOKENS`; past that it is wrong anyway."""
+"""A reply may be this much longer than the longest reference judged, and `EXTRA_TOKENS`; past that it is wrong."""
 EXTRA_TOKENS = 16
 
 OnRows = Callable[[str, int, int], None]
@@ -46,9 +46,16 @@ class Judge:
     """
 
     def __init__(
-        self, base: Base, renderer: Renderer, data: PreparedData, budget: JudgingBudget, *, max_new_tokens: int,
-        seed: int, on_rows: OnRows | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        base: Base,
+        renderer: Renderer,
+        data: PreparedData,
+        budget: JudgingBudget,
+        *,
+        max_new_tokens: int,
+        seed: int,
+        on_rows: OnRows | None = None,
+    ) -> None:
         self.base = base
         self.renderer = renderer
         self.data = data
@@ -66,15 +73,16 @@ class Judge:
         """
         replies = self._replies(slot, what, num_shots)
         if num_shots:
-            return [reply for reply in replies.values()]
+            return list(replies.values())
         return self._join(self._likelihoods(slot, what), replies)
 
     # -- likelihood
 
     def _likelihoods(self, slot: int, what: str) -> list[RowScore]:
-        assert self.data.validation is not None and self.data.validation_records is not None
-        rows = set(int(self.data.validation_records.rows[i]) for i in self.at)
-        examples = [example for example in examples_of_rows(self.data.validation, rows)]
+        assert self.data.validation is not None
+        assert self.data.validation_records is not None
+        rows = {int(self.data.validation_records.rows[i]) for i in self.at}
+        examples = examples_of_rows(self.data.validation, rows)
         reports = score_examples(
             self.base, examples, slot, lambda done: self.on_rows(f"{what}, loss", done, len(examples))
         )
@@ -105,11 +113,13 @@ class Judge:
         done = sampler.run(requests, on_progress=lambda n, total: self.on_rows(f"{what}, replies", n, total))
         return {
             prompt.row: RowScore(
-                prompt.row, reply=reply.text, reference=prompt.reference,
+                prompt.row,
+                reply=reply.text,
+                reference=prompt.reference,
                 is_exact=exact_match(reply.text, prompt.reference),
             )
             for prompt, reply in zip(prompts, done, strict=True)
-        }  # fmt: skip
+        }
 
     def prompts(self, num_shots: int = 0) -> list[Any]:
         """The prompts to generate from, one a row."""
@@ -171,9 +181,13 @@ def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
 def _row_score(example: Example, report: SequenceReport, labels: Sequence[str]) -> RowScore:
     if example.class_index != NO_CLASS:
         return RowScore(
-            example.row, report.nll_sum, report.weight_sum, reference=labels[example.class_index],
-            class_index=example.class_index, predicted_class=report.predicted_class,
-        )  # fmt: skip
+            example.row,
+            report.nll_sum,
+            report.weight_sum,
+            reference=labels[example.class_index],
+            class_index=example.class_index,
+            predicted_class=report.predicted_class,
+        )
     return RowScore(example.row, report.nll_sum, report.weight_sum, report.num_correct, report.num_targets)
 
 

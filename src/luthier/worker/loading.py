@@ -73,14 +73,23 @@ def adapter_spec(recipe: Recipe, renderer: Renderer, num_classes: int | None) ->
 
 
 def prepare_data(
-    recipe: Recipe, renderer: Renderer, folder: Path, data: DataConfig | None = None,
+    recipe: Recipe,
+    renderer: Renderer,
+    folder: Path,
+    data: DataConfig | None = None,
     on_progress: Callable[[str, int], None] | None = None,
-) -> PreparedData:  # fmt: skip
+) -> PreparedData:
     """The recipe's data (or another's), checked, split and rendered under `folder`."""
     return prepare(
-        data or recipe.data, task_for(recipe.task), renderer, max_length=recipe.train.max_length,
-        truncation=recipe.train.truncation, seed=recipe.train.seed, folder=folder, on_progress=on_progress,
-    )  # fmt: skip
+        data or recipe.data,
+        task_for(recipe.task),
+        renderer,
+        max_length=recipe.train.max_length,
+        truncation=recipe.train.truncation,
+        seed=recipe.train.seed,
+        folder=folder,
+        on_progress=on_progress,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,12 @@ def load_run(run: str | Path, *, data: Path | None, rows: int | None, progress: 
     chosen = min(num_rows, rows) if rows is not None else num_rows
     budget = JudgingBudget(chosen, chosen if recipe.evaluation.generate else 0)
     judge = Judge(
-        base, renderer, prepared, budget, max_new_tokens=recipe.evaluation.max_new_tokens, seed=recipe.train.seed,
+        base,
+        renderer,
+        prepared,
+        budget,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        seed=recipe.train.seed,
         on_rows=lambda what, done, total: progress.evaluation(str(run), what, done, total),
-    )  # fmt: skip
+    )
     return LoadedRun(base, slot, base_slot, judge)

@@ -21,7 +21,6 @@ from luthier.checkpoints.checkpoint import (
 )
 from luthier.checkpoints.peft_format import load_values, slot_from_adapter, write_adapter
 from luthier.data.prepare import PreparedData
-from luthier.files import atomic_folder
 from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob
 from luthier.engine.pack import BASE_SLOT
@@ -29,8 +28,8 @@ from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RecipeError
 from luthier.evaluate.card import write_card
 from luthier.evaluate.metrics import RowScore, evaluation
-from luthier.files import write_text
 from luthier.evaluate.report import write_report
+from luthier.files import atomic_folder, write_text
 from luthier.recipe import Recipe
 from luthier.worker.budget import JudgingBudget, choose_budget
 from luthier.worker.judge import Judge, examples_of_rows, mean_loss, predictions, score_examples
@@ -179,8 +178,9 @@ class Run:
         if extra["base"] != now:
             raise ModelError(
                 f"{self.name} was trained on weights {extra['base'][:12]}, and the base here is {now[:12]}",
-                "the same base", "name in `base` the model that the run began with",
-            )  # fmt: skip
+                "the same base",
+                "name in `base` the model that the run began with",
+            )
 
     def _base_identity(self) -> str:
         assert self.base.folder is not None
@@ -202,11 +202,14 @@ class Run:
             [
                 ("method", self.recipe.method.type + ": " + ", ".join(parts)),
                 ("trainable", f"{count:,} parameters ({share:.2f}% of the base's {self.base.num_parameters:,})"),
-                ("data", f"{report.num_rows:,} rows, {report.num_tokens:,} tokens, "
-                         f"{report.num_supervised_tokens:,} of them supervised"),
+                (
+                    "data",
+                    f"{report.num_rows:,} rows, {report.num_tokens:,} tokens, "
+                    f"{report.num_supervised_tokens:,} of them supervised",
+                ),
                 ("steps", f"{self.job.total_steps:,} of {self.recipe.train.batch_size} examples"),
             ],
-        )  # fmt: skip
+        )
 
     # -- judging
 
@@ -220,16 +223,26 @@ class Run:
         self.train_tokens = float(self.data.train.num_tokens.sum()) * epochs
         row_tokens = float(lengths.sum()) / max(1, num_rows)
         budget = choose_budget(
-            num_held_out=num_rows, train_tokens=self.train_tokens, row_tokens=row_tokens,
-            reply_tokens=min(settings.max_new_tokens, row_tokens), num_models=2 + (settings.shots > 0),
-            rows=settings.rows, generate_rows=settings.generate_rows, generates=settings.generate,
-        )  # fmt: skip
+            num_held_out=num_rows,
+            train_tokens=self.train_tokens,
+            row_tokens=row_tokens,
+            reply_tokens=min(settings.max_new_tokens, row_tokens),
+            num_models=2 + (settings.shots > 0),
+            rows=settings.rows,
+            generate_rows=settings.generate_rows,
+            generates=settings.generate,
+        )
         if num_rows == 0:
             budget = JudgingBudget(0, 0)
         self.judge = Judge(
-            self.base, self.renderer, self.data, budget, max_new_tokens=settings.max_new_tokens, seed=spec.seed,
+            self.base,
+            self.renderer,
+            self.data,
+            budget,
+            max_new_tokens=settings.max_new_tokens,
+            seed=spec.seed,
             on_rows=lambda what, done, total: self.progress.evaluation(self.name, what, done, total),
-        )  # fmt: skip
+        )
         self.evaluate_every = settings.every or max(1, self.job.steps_per_epoch // 2)
         num_evaluations = max(1, self.job.total_steps // self.evaluate_every)
         allowance = SHARE_FOR_VALIDATION * 2.0 * self.train_tokens / num_evaluations
@@ -266,11 +279,17 @@ class Run:
         rate = report.num_tokens / max(report.seconds, 1e-9)
         self.seconds["training"] = self.seconds.get("training", 0.0) + report.seconds
         self.folder.append_metric(
-            kind="step", step=report.step, epoch=round(report.epoch, 4), loss=report.loss,
-            learning_rate=report.learning_rate, grad_norm=report.grad_norm, num_tokens=report.num_tokens,
-            num_supervised_tokens=report.num_supervised_tokens, seconds=round(report.seconds, 4),
+            kind="step",
+            step=report.step,
+            epoch=round(report.epoch, 4),
+            loss=report.loss,
+            learning_rate=report.learning_rate,
+            grad_norm=report.grad_norm,
+            num_tokens=report.num_tokens,
+            num_supervised_tokens=report.num_supervised_tokens,
+            seconds=round(report.seconds, 4),
             tokens_per_second=round(rate, 1),
-        )  # fmt: skip
+        )
         self.progress.step(self.name, report.step, report.loss, rate, report.learning_rate)
         is_last = not self.job.is_active
         if self.validation and (is_last or report.step % self.evaluate_every == 0):
@@ -300,11 +319,14 @@ class Run:
             return
         extra = {
             "base": self._base_identity(),
-            "best": {"step": self.best.step, "loss": self.best.loss,
-                     "num_evaluations_since": self.best.num_evaluations_since},
+            "best": {
+                "step": self.best.step,
+                "loss": self.best.loss,
+                "num_evaluations_since": self.best.num_evaluations_since,
+            },
             "seconds": self.seconds,
             "stopped_because": self.stopped_because,
-        }  # fmt: skip
+        }
         save_checkpoint(self.folder.checkpoints, self.job, self.base, extra, **self._adapter_facts())
         self._saved_step = step
         prune(self.folder.checkpoints, keep={step, self.best.step})
@@ -334,7 +356,9 @@ class Run:
         self.folder.set_state(status, step=self.job.step, problem=self.job.problem)
         write_report(self.folder.path)
         write_card(self.folder.path)
-        self.progress.finish(self.name, self.job.problem or f"{self.job.step} steps, {result['num_trained_tokens']:,} tokens")
+        self.progress.finish(
+            self.name, self.job.problem or f"{self.job.step} steps, {result['num_trained_tokens']:,} tokens"
+        )
         return RunResult(self.folder.path, status, values, result)
 
     def _keep_best(self) -> int:
@@ -344,9 +368,10 @@ class Run:
         if is_last_best and self.job.state != "failed":
             return self.job.step
         checkpoint = (
-            checkpoint_folder(self.folder.checkpoints, self.best.step) if wants_best and self.best.step
+            checkpoint_folder(self.folder.checkpoints, self.best.step)
+            if wants_best and self.best.step
             else latest_checkpoint(self.folder.checkpoints)
-        )  # fmt: skip
+        )
         if checkpoint is None:
             return 0
         load_values(self.job.slot, self.base, checkpoint)

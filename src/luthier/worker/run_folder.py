@@ -55,7 +55,9 @@ class RunFolder:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"{run.path} cannot be made: {error}", fix="choose another folder for `output`") from None
+            raise StorageError(
+                f"{run.path} cannot be made: {error}", fix="choose another folder for `output`"
+            ) from None
         write_text(run.path / "recipe.yaml", recipe.to_yaml())
         write_text(run.path / "versions.json", _json(resolved_versions()))
         run.set_state("preparing")
@@ -119,7 +121,9 @@ class RunFolder:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise StorageError(f"{self._metrics} cannot be written: {error}", fix="free some space, then --resume") from None
+            raise StorageError(
+                f"{self._metrics} cannot be written: {error}", fix="free some space, then --resume"
+            ) from None
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines past `step`, which a resumed run will write again."""

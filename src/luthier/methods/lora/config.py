@@ -24,9 +24,9 @@ class LoraConfig(Strict):
     """rsLoRA: scale by alpha / sqrt(rank), which keeps learning stable at high ranks (arXiv:2312.03732)."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linear layers to adapt, by the end of their names, as in [q_proj, v_proj]; or all but the output layer."""
-    modules_to_save: list[str] = []
+    modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained in full besides, by the end of their names, as in [lm_head]."""
-    new_tokens: list[str] = []
+    new_tokens: list[str] = Field(default_factory=list)
     """Tokens added to the vocabulary (or found in it), whose embeddings are trained."""
 
     def adapter_spec(self) -> AdapterSpec:

@@ -2,8 +2,8 @@
 
     y = W x + c B A x,    c = alpha / r    (or alpha / sqrt(r) with rank stabilization)
 
-Hu et al. 2021, arXiv:2106.09685; rank-stabilized scaling: Kalajdzievski 2023, arXiv:2312.03732. A starts as Kaiming-uniform
-and B as zero, so that a fresh slot leaves the base as it is.
+Hu et al. 2021, arXiv:2106.09685; rank-stabilized scaling: Kalajdzievski 2023, arXiv:2312.03732. A starts as
+Kaiming-uniform and B as zero, so that a fresh slot leaves the base as it is.
 """
 
 from __future__ import annotations
@@ -39,9 +39,13 @@ class LoraFactors:
 
 
 def create(
-    spec: AdapterSpec, num_inputs: int, num_outputs: int, generator: torch.Generator, device: torch.device,
+    spec: AdapterSpec,
+    num_inputs: int,
+    num_outputs: int,
+    generator: torch.Generator,
+    device: torch.device,
     dtype: torch.dtype = torch.float32,
-) -> LoraFactors:  # fmt: skip
+) -> LoraFactors:
     """Fresh factors. The draw happens on the CPU, so that every device starts from the same values."""
     a_RI = torch.empty(spec.rank, num_inputs)
     nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
