@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-SYSTEM = "Turn requests into smart home JSON."
+SYSTEM = "Smart home to JSON."
 SEED = 20
 COPIES = {"train": 2, "test": 1}
 """Rows per wording that has slots; a wording without slots gives one row."""
@@ -66,6 +66,14 @@ SLOTS: dict[str, list[tuple[str, str]]] = {
         *_same("dishwasher", "washing machine", "coffee maker", "vacuum"),
         *[("robot vacuum", "vacuum"), ("coffee machine", "coffee maker")],
     ],
+    "gadget": [
+        *_same(
+            "sauna", "hot tub", "pool pump", "kettle", "toaster", "microwave", "dryer", "humidifier", "air purifier"
+        ),
+        *_same("printer", "projector", "fountain", "lawn mower", "sprinkler", "fridge", "freezer", "electric blanket"),
+        *_same("treadmill", "game console", "laptop", "rice cooker", "blender", "shower", "record player", "sunbed"),
+    ],
+    "hatch": _same("window", "skylight", "gate", "cupboard", "safe", "mailbox", "cat flap", "wardrobe", "drawer"),
     "pct": PERCENT,
     "pctw": PERCENT_WORDS,
     "deg": DEGREES,

@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     with pytest.raises(StorageError) as caught:
         write_examples(tmp_path / "train", make_examples(100))
     assert "the disk is full" in caught.value.message
-    assert "data files are untouched" in caught.value.message
+    assert "what was there before is untouched" in caught.value.message
     assert os.listdir(tmp_path) == ["kept"]
     monkeypatch.undo()
     assert len(ExampleStore(kept.folder)) == 5

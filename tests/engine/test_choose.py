@@ -85,3 +85,13 @@ def test_half_precision_logits() -> None:
         expected = logits_PV[row].float().log_softmax(-1).max()
         assert choice.logprob is not None
         assert choice.logprob.logprob == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_draws_over_many_blocks_of_the_vocabulary() -> None:
+    logits_V = torch.full((1000,), -float("inf"))
+    likely = {0: 0.1, 255: 0.2, 256: 0.3, 700: 0.25, 999: 0.15}
+    for token, probability in likely.items():
+        logits_V[token] = torch.tensor(probability).log()
+    params = [SamplingParams(temperature=1.0, seed=2)] * 4000
+    tokens = [choice.token for choice in choose(logits_V.expand(4000, -1), params, range(4000))]
+    assert {token: tokens.count(token) / 4000 for token in set(tokens)} == pytest.approx(likely, abs=0.03)

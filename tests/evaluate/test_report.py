@@ -214,7 +214,7 @@ def test_a_failed_write_leaves_the_old_report(chat_run: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(StorageError, match="the disk is full"):
         write_report(chat_run)
     assert (chat_run / "report.html").read_bytes() == before
     assert not list(chat_run.glob(".report*"))

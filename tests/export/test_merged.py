@@ -185,7 +185,7 @@ def test_a_narrow_export_is_checked_as_tightly(
         save(model, folder)
 
     monkeypatch.setattr(module, "_save", spoilt)
-    with pytest.raises(ModelError, match="the export .* differs"):
+    with pytest.raises(ModelError, match=r"the export .* differs"):
         export_merged(tiny_llama, adapter, tmp_path / "merged", dtype="bfloat16")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

@@ -298,8 +298,13 @@ class BankModule(nn.Module):
             out = self.base(self._known_ids(flat))
         if slot.token_rows is not None and (self.is_head or self.name == self.bank.input_name):
             rows = slot.token_rows
-            out = _with_output_rows(out, flat, rows) if self.is_head else _with_input_rows(out, flat, rows)
+            out = _with_output_rows(out, flat, rows) if self.is_head else _with_input_rows(out, flat, rows, self._scale)
         return out.to(self.base.weight.dtype)  # type: ignore[arg-type]
+
+    @property
+    def _scale(self) -> Tensor | float:
+        """What the base's embedding multiplies its rows by, as Gemma's does by the root of the hidden size."""
+        return getattr(self.base, "embed_scale", 1.0)
 
     def _known_ids(self, x: Tensor) -> Tensor:
         # Another slot's new tokens never reach the base; this slot's own are replaced after the look-up.
@@ -432,10 +437,12 @@ class CounterDropout(torch.autograd.Function):
         return grad_TI * mask_TI.to(grad_TI.dtype), None, None, None
 
 
-def _with_input_rows(out: Tensor, ids: Tensor, rows: TokenRows) -> Tensor:
+def _with_input_rows(out: Tensor, ids: Tensor, rows: TokenRows, scale: Tensor | float) -> Tensor:
     at = torch.searchsorted(rows.ids_K, ids).clamp(max=len(rows.ids_K) - 1)
     hit = rows.ids_K[at] == ids
-    return torch.where(hit[:, None], rows.input_KD[at].to(out.dtype), out)
+    if isinstance(scale, Tensor):
+        scale = scale.to(out.dtype)
+    return torch.where(hit[:, None], rows.input_KD[at].to(out.dtype) * scale, out)
 
 
 def _with_output_rows(out: Tensor, hidden: Tensor, rows: TokenRows) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What base + adapter says.
+    """What base + adapter says, and what an export has to say too.
 
     Attributes:
         sequences: What the models are asked.
@@ -72,14 +72,17 @@ class Expected:
     columns: Tensor
     config: Any
 
+    def told_by(self, model: Any) -> Expected:
+        """The same questions, with what `model` says to them."""
+        return replace(self, logits=model_logits(model, self.sequences, classifies=self.config is not None))
+
     def check(self, model: Any, dtype: torch.dtype, what: str) -> None:
         """Refuse a model that differs by more than the rounding of weights to `dtype` explains.
 
         Raises:
             ModelError: saying by how much.
         """
-        found = model_logits(model, self.sequences, classifies=self.config is not None)
-        far = distance(self.logits, found, self.columns)
+        far = distance(self.logits, self.told_by(model).logits, self.columns)
         if not far <= TOLERANCES[dtype]:  # so written that NaN is refused
             raise ModelError(
                 f"{what} differs from base and adapter by {far:.2g} of the logits' spread, so it was thrown away",
@@ -127,6 +130,10 @@ def export_merged(
     model = _load(base_folder, wide, expected.config)
     merge(model, slot)
     expected.check(model, wide, "the merged model")
+    model.to(saved_dtype).to(wide)
+    expected.check(model, saved_dtype, f"the merged model in {str(saved_dtype).removeprefix('torch.')}")
+    # The files are held against the rounded model, so that what is written is checked tightly in any type.
+    rounded = expected.told_by(model)
     with atomic_folder(output) as temporary:
         say("Writing")
         _save(model.to(saved_dtype), temporary)
@@ -135,7 +142,7 @@ def export_merged(
         _copy_generation((files.folder, base_folder), temporary)
         say("Loading the export again and comparing")
         again = _load(temporary, wide, is_classifier=expected.config is not None)
-        expected.check(again, saved_dtype, f"the export {output}")
+        rounded.check(again, wide, f"the export {output}")
     return output
 
 

@@ -1,0 +1,124 @@
+"""Write docs/reference/recipe.md from the recipe's own models: their fields, types, bounds, defaults and docstrings.
+
+    python docs/reference/build.py
+
+`tests/test_docs.py` asserts that the page is up to date and every field documented.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from luthier.files import write_text
+from luthier.methods.config import MethodConfig
+from luthier.recipe import ComputeConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
+from luthier.tasks.config import TaskConfig
+
+PAGE = Path(__file__).with_name("recipe.md")
+
+HEAD = """# The recipe, field by field
+
+Written by `python docs/reference/build.py` from the recipe's own models; a test keeps it up to date.
+
+A recipe is a YAML or JSON file. Only `data.train` has no default; `RUN/recipe.yaml` of any run is the whole recipe with
+every default written out. An unknown field is an error that names the nearest known one.
+`--set train.epochs=3` overrides any field on the command line; the value is read as YAML.
+Relative data paths are looked for in the current folder first, then in the recipe's own.
+"""
+
+_NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    type(None): "null",
+    list[str]: "list of texts",
+    dict[str, str]: "mapping of texts",
+    tuple[float, float]: "two numbers",
+}
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = [HEAD, _section("Top level", Recipe)]
+    parts += [_section("`data`", DataConfig)]
+    parts += [_section(f"`task: {_type_of(task)}`", task) for task in choices(TaskConfig)]
+    parts += [_section(f"`method: {_type_of(method)}`", method) for method in choices(MethodConfig)]
+    parts += [_section("`train`", TrainConfig), _section("`evaluation`", EvaluationConfig)]
+    parts += [_section("`compute`", ComputeConfig)]
+    return "\n".join(parts)
+
+
+def choices(union: Any) -> list[type[BaseModel]]:
+    """The models behind a field that is chosen by `type`: one, or the members of a discriminated union."""
+    if isinstance(union, type):
+        return [union]
+    return [model for part in get_args(union) for model in (get_args(part) or [part]) if isinstance(model, type)]
+
+
+def documented_fields(model: type[BaseModel]) -> dict[str, tuple[FieldInfo, str]]:
+    """Name -> (field, what it means); `type`, which the heading says, is left out."""
+    return {
+        name: (field, field.description or _sections(field))
+        for name, field in model.model_fields.items()
+        if name != "type"
+    }
+
+
+def _section(title: str, model: type[BaseModel]) -> str:
+    lines = [f"## {title}", "", " ".join((model.__doc__ or "").split())]
+    fields = documented_fields(model)
+    if fields:
+        lines += ["", "| field | value | default | meaning |", "|---|---|---|---|"]
+    for name, (field, meaning) in fields.items():
+        cells = [f"`{name}`", _value(field), _default(field), " ".join(meaning.split())]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _type_of(model: type[BaseModel]) -> str:
+    return str(model.model_fields["type"].default)
+
+
+def _sections(field: FieldInfo) -> str:
+    """A field that is a section of its own is documented by its model."""
+    return next((model.__doc__ or "" for model in choices(field.annotation) if issubclass(model, BaseModel)), "")
+
+
+def _value(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {bound:g}"
+        for part in field.metadata
+        for name, sign in _BOUNDS.items()
+        if (bound := getattr(part, name, None)) is not None
+    ]
+    return ", ".join([_type_text(field.annotation), *bounds])
+
+
+def _type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if annotation in _NAMES:
+        return _NAMES[annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        are_models = all(hasattr(part, "model_fields") for part in get_args(annotation))
+        return (", " if are_models else " or ").join(_type_text(part) for part in get_args(annotation))
+    return f"`{_type_of(annotation)}`" if "type" in annotation.model_fields else "section"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    return "" if isinstance(default, BaseModel) else f"`{json.dumps(default, ensure_ascii=False)}`"
+
+
+if __name__ == "__main__":
+    write_text(PAGE, page())
