@@ -118,19 +118,12 @@ def _varlen(
     before = -1 if window is None or window >= longest else window - 1
     # torch reads (-1, 0) as causal without a window.
     bounds = (before, 0) if causal else (before, before)
-    q_THD, k_TKD, v_TKD = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    out_THD = varlen_attn(
-        q_THD,
-        k_TKD,
-        v_TKD,
-        offsets,
-        offsets,
-        longest,
-        longest,
-        scale=scale,
-        window_size=bounds,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    if key.shape[1] != query.shape[1]:
+        # torch 2.11's kernel wants as many key heads as query heads; later ones group them by themselves.
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+    q_THD, k_THD, v_THD = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    out_THD = varlen_attn(q_THD, k_THD, v_THD, offsets, offsets, longest, longest, scale=scale, window_size=bounds)
     assert isinstance(out_THD, Tensor)
     return out_THD[None], None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Base:
     def __init__(self, model: Any, folder: Path | None = None, *, use_reference: bool = False) -> None:
         from luthier.base.probe import probe
 
+        if model.base_model is model:
+            raise ModelError(
+                f"{type(model).__name__} does not keep its body apart from its output layer",
+                "an architecture whose body gives hidden states, as nearly all in transformers do",
+            )
         model.requires_grad_(False)
         model.eval()
         self.model = model
@@ -115,11 +120,13 @@ class Base:
         self.config._attn_implementation = PACKED_ATTENTION if self.is_packed else self._attention
         if wants_logits:
             assert keep is not None
-            return self._forward_with_head(inputs, keep, at_T)
+            return self._forward_with_head(inputs, keep, at_T, batch.slots)
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return Forward(self._flat(hidden, at_T), None)
 
-    def _forward_with_head(self, inputs: dict[str, Any], keep_P: Tensor, at_T: Tensor | None) -> Forward:
+    def _forward_with_head(
+        self, inputs: dict[str, Any], keep_P: Tensor, at_T: Tensor | None, slots: tuple[int, ...]
+    ) -> Forward:
         captured: list[Tensor] = []
         hook = self.model.base_model.register_forward_hook(lambda _m, _i, out: captured.append(out.last_hidden_state))
         try:
@@ -130,7 +137,10 @@ class Base:
                 length = inputs["input_ids"].shape[1]
                 padded_P = at_T[keep_P]
                 columns, column_P = torch.unique(padded_P % length, return_inverse=True)
-                logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits
+                # The output layer meets every row's kept positions, so its rows are not the P that routing knows.
+                segments = _sequence_segments(slots, len(columns))
+                with self.bank.routed(replace(self.bank.routing, head_segments=segments)):
+                    logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits
                 logits_PV = logits[padded_P // length, column_P]
         finally:
             hook.remove()
@@ -248,7 +258,6 @@ def load_base(
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            attn_implementation="sdpa",
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

@@ -106,7 +106,7 @@ def _packing_problem(base: Base, examples: list[Example], apart: list[Tensor]) -
 
 def _head_is_plain(base: Base, hidden_LD: Tensor, logits_LV: Tensor) -> bool:
     head = base.model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or head.in_features != hidden_LD.shape[-1]:
         return False
     own = F.linear(hidden_LD, head.weight, head.bias)
     return own.shape == logits_LV.shape and torch.allclose(own, logits_LV, rtol=1e-3, atol=1e-3)

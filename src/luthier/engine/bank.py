@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from luthier.engine.pack import BASE_SLOT, Segment
 from luthier.engine.slot import Slot, TokenRows
-from luthier.errors import RecipeError, nearest
+from luthier.errors import ModelError, RecipeError, nearest
 from luthier.methods.lora.layer import LoraFactors, create
 from luthier.ops.counter import dropout_mask, mix_number, token_keys
 from luthier.ops.lora_linear import FrozenLinear, LowRank, lora_linear, lora_linear_reference
@@ -75,7 +75,8 @@ class Bank:
         self.output_name = _name_of(model, output)
         self.input_name = _name_of(model, self.input_embedding) or ""
         self.is_tied = output is not None and output.weight is self.input_embedding.weight
-        self.linears: dict[str, nn.Linear] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.body_name = _name_of(model, model.base_model) or ""
+        self.linears: dict[str, nn.Linear] = {n: m for n, m in model.named_modules() if _is_linear(m)}
         self._wrapped: dict[str, BankModule] = {}
         self._groups: list[tuple[str, ...]] = []
 
@@ -116,7 +117,14 @@ class Bank:
     def resolve_targets(self, spec: AdapterSpec) -> list[str]:
         """Names of the linear layers that `spec` adapts, in the model's order."""
         if spec.targets == "all-linear":
-            return [name for name in self.linears if name != self.output_name]
+            inner = [name for name in self.linears if name != self.output_name]
+            if not inner:
+                raise RecipeError(
+                    "method.targets: all-linear finds no linear layer in this base besides its output layer",
+                    "a base whose layers are torch.nn.Linear (GPT-2, for one, is built of Conv1D)",
+                    "choose another base; `luthier models` lists some",
+                )
+            return inner
         names = []
         for wanted in spec.targets:
             found = [name for name in self.linears if _ends_with(name, wanted)]
@@ -177,8 +185,9 @@ class Bank:
             parent_name, _, child_name = name.rpartition(".")
             parent = self.model.get_submodule(parent_name)
             child = getattr(parent, child_name)
-            kind = BankLinear if isinstance(child, nn.Linear) else BankModule
+            kind = BankLinear if _is_linear(child) else BankModule
             wrapper = kind(self, name, child, is_head=name == self.output_name)
+            wrapper.is_after_body = not name.startswith(self.body_name + ".")
             setattr(parent, child_name, wrapper)
             self._wrapped[name] = wrapper
         return self._wrapped[name]
@@ -247,6 +256,7 @@ class BankModule(nn.Module):
         self.base = base
         self.name = name
         self.is_head = is_head
+        self.is_after_body = is_head  # it sees the rows of the output layer: RoBERTa's head is two layers and a norm
         self._bank = [bank]  # in a list, so that the bank's model does not become this module's child
 
     @property
@@ -264,7 +274,7 @@ class BankModule(nn.Module):
     @property
     def segments(self) -> tuple[Segment, ...]:
         routing = self.bank.routing
-        return routing.head_segments if self.is_head else routing.segments
+        return routing.head_segments if self.is_after_body else routing.segments
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         rows = self._changed_rows()
@@ -272,11 +282,26 @@ class BankModule(nn.Module):
             return self.base(self._known_ids(x), *others, **named)
         lead = 1 if not x.is_floating_point() else 0
         flat = x.reshape(-1) if lead else x.reshape(-1, x.shape[-1])
+        self.check_rows(flat.shape[0])
         parts = []
         for segment, slot in rows:
             parts.append(self._slot_output(flat[segment.start : segment.end], slot))
         out = _stack(parts)
         return out.reshape(*x.shape, -1) if lead else out.reshape(*x.shape[:-1], -1)
+
+    def check_rows(self, num_rows: int) -> None:
+        """Rows that are not the batch's own, in its order, cannot be told apart by slot.
+
+        Raises:
+            ModelError: for an architecture that feeds this module some other selection of rows, as experts are fed.
+        """
+        expected = self.segments[-1].end
+        if num_rows != expected:
+            raise ModelError(
+                f"{self.name} of this base is fed {num_rows} rows of a batch of {expected}",
+                "a layer that is fed every token of the batch",
+                "leave it out: name in method.targets (and method.modules_to_save) the layers to train",
+            )
 
     def _changed_rows(self) -> list[tuple[Segment, Slot | None]]:
         slots = [(segment, self.bank.slots.get(segment.slot)) for segment in self.segments]
@@ -388,6 +413,7 @@ def low_rank_outputs(members: Sequence[BankLinear], x: Tensor) -> list[Tensor]:
     if not any(updates):
         return [member.base(x) for member in members]
     flat_TI = x.reshape(-1, x.shape[-1])
+    members[0].check_rows(flat_TI.shape[0])
     drops = bank.routing.training and any(factors.dropout > 0 for part in updates for _, factors in part)
     layers = [
         FrozenLinear(
@@ -458,6 +484,11 @@ def _stack(parts: list[Tensor]) -> Tensor:
     width = max(part.shape[-1] for part in parts)
     low = torch.finfo(parts[0].dtype).min
     return torch.cat([F.pad(p, (0, width - p.shape[-1]), value=low) if p.shape[-1] < width else p for p in parts])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes W x + b and nothing else: a router that inherits from nn.Linear may give several results."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _ends_with(name: str, wanted: str) -> bool:

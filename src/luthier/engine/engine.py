@@ -62,7 +62,7 @@ class Engine:
         """Run one forward and backward; returns a report for each job whose optimizer batch it completed.
 
         Raises:
-            torch.OutOfMemoryError, RuntimeError: when even one sequence of one job does not fit in memory.
+            torch.OutOfMemoryError, RuntimeError, MemoryError: when even one sequence of one job does not fit in memory.
         """
         active = {name: job for name, job in self.jobs.items() if job.is_active}
         chosen = plan([self._offer(job) for job in active.values()], self.budget_tokens)
@@ -72,7 +72,7 @@ class Engine:
         started = time.perf_counter()
         try:
             reports = train_step(self.base, batch, {job.slot.index: job.denominator for job in jobs})
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self._make_room(jobs, error)
@@ -91,7 +91,7 @@ class Engine:
         items = job.next_micro_batch()
         return Offer(job.name, sum(item.example.num_tokens for item in items), self._served[job.name])
 
-    def _make_room(self, jobs: list[TrainingJob], error: RuntimeError) -> None:
+    def _make_room(self, jobs: list[TrainingJob], error: RuntimeError | MemoryError) -> None:
         """Memory ran short: first run fewer jobs together, then halve the micro-batch of the one that is left."""
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -105,5 +105,6 @@ class Engine:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch failed for want of memory, on a GPU or a CPU."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in text
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -144,7 +144,7 @@ class TrainingJob:
         can_shrink = any(len(micro) > 1 for micro in self._pending)
         self.restart_step()
         if can_shrink:
-            self.micro_batch_tokens = max(16, min(self.micro_batch_tokens, largest) // 2)
+            self.micro_batch_tokens = max(1, min(self.micro_batch_tokens, largest) // 2)
         return can_shrink
 
     def progress_state(self) -> dict[str, Any]:
@@ -179,6 +179,9 @@ class TrainingJob:
 
     def _finish_step(self) -> StepReport | None:
         totals, seconds = self._totals, self._seconds
+        if totals.weight_sum == 0:
+            self.fail(f"no token of the rows of step {self.step + 1} carries loss; look at them with `luthier check`")
+            return None
         loss = totals.nll_sum / totals.weight_sum
         problem = self._watch.problem(loss)
         self._totals, self._seconds = SlotReport(0.0, 0.0, 0, 0), 0.0

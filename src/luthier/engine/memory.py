@@ -18,7 +18,7 @@ from torch import Tensor
 
 from luthier.base.load import Base
 from luthier.engine.job import TrainingJob, split_by_tokens
-from luthier.engine.pack import PackItem, pack
+from luthier.engine.pack import PackItem, Segment, pack
 from luthier.engine.slot import Slot
 from luthier.types import Example
 
@@ -64,7 +64,10 @@ class MemoryPlan:
 
 
 def activation_bytes_per_token(base: Base, slot: Slot) -> int:
-    """Bytes that the backward keeps for one token of `slot`, measured on a small batch without stepping anything."""
+    """Bytes that the backward keeps for one token of `slot`, measured on a small batch without stepping anything.
+
+    The output layer is left out; `head_bytes_per_token` counts it.
+    """
     kept: dict[tuple[int, int], int] = {}
     held: list[Tensor] = []
     weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
@@ -79,11 +82,23 @@ def activation_bytes_per_token(base: Base, slot: Slot) -> int:
 
     example = Example(np.zeros(PROBE_TOKENS, dtype=np.int32), np.zeros(PROBE_TOKENS, dtype=np.float32))
     batch = pack([PackItem(example, slot.index)], base.device)
-    with base.bank.routed(base.routing(batch, training=False)), torch.autograd.graph.saved_tensors_hooks(count, _same):
+    with base.bank.routed(base.routing(batch, training=True)), torch.autograd.graph.saved_tensors_hooks(count, _same):
         base.forward(batch)
     # Recomputed blocks keep their input alone, and not through a hook.
     recomputed = base.config.get_text_config().num_hidden_layers * base.hidden_size if base.is_checkpointing else 0
     return sum(kept.values()) // PROBE_TOKENS + recomputed * base.dtype.itemsize
+
+
+def head_bytes_per_token(base: Base, slot: Slot) -> int:
+    """Bytes that one supervised token takes at the output layer beyond a chunk's, where its logits must exist at once.
+
+    Logits, their float32 copy, the log-softmax and its gradient: a head that scales or caps, or that the slot changes.
+    """
+    if slot.head is not None:
+        return 0
+    if base.head_is_plain and base.bank.head_is_plain_for([Segment(slot.index, 0, 1)]):
+        return 0
+    return base.vocabulary_size * (base.dtype.itemsize + 3 * max(4, base.dtype.itemsize))
 
 
 def _same(value: Any) -> Any:
@@ -113,7 +128,9 @@ def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> 
     parameters = sum(
         p.numel() * p.element_size() for job in jobs for p in job.slot.parameters().values() if p.requires_grad
     )
-    per_token = max(activation_bytes_per_token(base, job.slot) for job in jobs)
+    per_token = max(
+        activation_bytes_per_token(base, job.slot) + head_bytes_per_token(base, job.slot) for job in jobs
+    )
     largest = sum(largest_micro_batch(job) for job in jobs)
     alone = max(largest_micro_batch(job) for job in jobs)
     tokens = max(alone, min(largest, budget_tokens))

@@ -72,6 +72,9 @@ class JobOptimizer:
             for moment in ("exp_avg", "exp_avg_sq"):
                 if parameter in self._adamw.state:
                     tensors[f"{name}.{moment}"] = self._adamw.state[parameter][moment]
+            # A parameter that some steps gave no gradient counts fewer steps of its own, for its bias correction.
+            if parameter in self._adamw.state and int(self._adamw.state[parameter]["step"]) != self.num_steps:
+                tensors[f"{name}.step"] = self._adamw.state[parameter]["step"]
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], num_steps: int) -> None:
@@ -83,7 +86,7 @@ class JobOptimizer:
             if f"{name}.exp_avg" not in tensors:
                 continue  # no gradient ever reaches it, as the output rows of a classifier's tokens
             self._adamw.state[parameter] = {
-                "step": torch.tensor(float(num_steps), device=parameter.device),
+                "step": tensors.get(f"{name}.step", torch.tensor(float(num_steps))).to(parameter.device).clone(),
                 "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device, parameter.dtype).clone(),
                 "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device, parameter.dtype).clone(),
             }

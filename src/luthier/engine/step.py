@@ -69,9 +69,8 @@ def train_step(base: Base, batch: PackedBatch, denominators: Mapping[int, float]
             ones_C = torch.ones_like(classes[0].nll_P)
             part = (classes[0].nll_P / _per_row(batch.class_segments, denominators, ones_C)).sum()
             total = part if total is None else total + part
-        if total is None:
-            raise ValueError("a batch without any supervised position has nothing to train on")
-        total.backward()
+        if total is not None:  # a micro-batch may hold only rows whose weights are all 0
+            total.backward()
     return _slot_reports(batch, tokens, classes[0] if classes is not None else None)
 
 

@@ -68,15 +68,27 @@ def render_card(record: RunRecord) -> str:
 def loading_code(record: RunRecord) -> str:
     """Python that loads the adapter with transformers and peft alone."""
     folder = repr(str(Path(record.shown_path) / "adapter"))
-    kind, labels, extra = "CausalLM", record.data.get("labels") or [], ""
     if record.is_classification:
-        kind = "SequenceClassification"
-        extra = f", num_labels={len(labels)}" if labels else ""
+        return _classifier_code(folder)
     return (
-        f"from peft import AutoPeftModelFor{kind}\n"
+        "from peft import AutoPeftModelForCausalLM\n"
         "from transformers import AutoTokenizer\n\n"
         f"folder = {folder}\n"
-        f"model = AutoPeftModelFor{kind}.from_pretrained(folder{extra})\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    )
+
+
+def _classifier_code(folder: str) -> str:
+    """The base's own config lacks the classes and, at times, the padding token by which the last token is found."""
+    return (
+        "from peft import AutoPeftModelForSequenceClassification\n"
+        "from transformers import AutoConfig, AutoTokenizer\n\n"
+        f"folder = {folder}\n"
+        'config = AutoConfig.from_pretrained(folder, subfolder="classifier")  # names of the classes, padding token\n'
+        "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
+        "    folder, id2label=config.id2label, label2id=config.label2id, pad_token_id=config.pad_token_id\n"
+        ")\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)"
     )
 

@@ -49,9 +49,11 @@ GENERATION_FILE = "generation_config.json"
 LENGTHS_TOKENS = (4, 17, 40)
 """Of the sequences that are compared."""
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Most that logits may differ, as a share of their spread, once weights are rounded to a type. Both sides compute in
-float32 at least, so that the rounding of weights is all that is seen: a bfloat16 keeps 8 bits, a float16 11."""
+float32 at least, so that the rounding of weights is all that is seen: a bfloat16 keeps 8 bits, a float16 11, and a deep
+model adds the errors up (0.07 seen in bfloat16 with 30 layers). In float64 some models still take their softmax in
+float32, and its errors depend on how sequences lie in a batch."""
 
 Say = Callable[[str], None]
 
@@ -130,7 +132,7 @@ def export_merged(
     model = _load(base_folder, wide, expected.config)
     merge(model, slot)
     expected.check(model, wide, "the merged model")
-    model.to(saved_dtype).to(wide)
+    _round(model, saved_dtype)
     expected.check(model, saved_dtype, f"the merged model in {str(saved_dtype).removeprefix('torch.')}")
     # The files are held against the rounded model, so that what is written is checked tightly in any type.
     rounded = expected.told_by(model)
@@ -242,7 +244,6 @@ def _load(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            attn_implementation="sdpa",
             **({"config": copy.deepcopy(config)} if config is not None else {}),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -250,6 +251,14 @@ def _load(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier
     finally:
         logging.set_verbosity(level)
     return model.eval()
+
+
+@torch.no_grad()
+def _round(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round all that is saved as if it had been saved in `dtype`; `model.to` would round the rotary frequencies too."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
 
 
 def _save(model: Any, folder: Path) -> None:
