@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.conftest import add_job, run_all
 from luthier.base.load import Base, load_base
 from luthier.engine.engine import Engine
 from luthier.engine.job import LossWatch, TrainingJob, loss_weight, split_by_tokens, total_steps
 from luthier.engine.pack import PackItem
 from luthier.engine.step import SlotReport
 from luthier.types import AdapterSpec, Example, TrainSpec
-
-from engine.conftest import add_job, run_all
 
 MakeExamples = Callable[..., list[Example]]
 
@@ -36,9 +35,7 @@ def make_job(base: Base, examples: list[Example], **train: object) -> TrainingJo
 
 
 @pytest.mark.parametrize(("num", "batch_size"), [(1, 4), (7, 1), (8, 4), (11, 4), (3, 50)])
-def test_every_example_comes_once_an_epoch(
-    llama: Base, make_examples: MakeExamples, num: int, batch_size: int
-) -> None:
+def test_every_example_comes_once_an_epoch(llama: Base, make_examples: MakeExamples, num: int, batch_size: int) -> None:
     job = make_job(llama, make_examples(num, 0), batch_size=batch_size, epochs=3)
     orders = []
     for epoch in range(3):

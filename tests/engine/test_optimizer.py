@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -43,11 +44,13 @@ def test_schedule(schedule: str) -> None:
     rates = [learning_rate_at(step, 24, spec) for step in range(26)]
     assert rates[:5] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2])  # a first step that moves, an even rise
     half = {"cosine": 0.25 + 0.75 * 0.5, "linear": 0.25 + 0.75 * 0.5, "constant": 1.0}[schedule]
-    quarter = {"cosine": 0.25 + 0.75 * 0.5 * (1 + math.sqrt(0.5)), "linear": 0.25 + 0.75 * 0.75, "constant": 1.0}[schedule]
+    quarter = {"cosine": 0.25 + 0.75 * 0.5 * (1 + math.sqrt(0.5)), "linear": 0.25 + 0.75 * 0.75, "constant": 1.0}[
+        schedule
+    ]
     assert rates[14] == pytest.approx(0.2 * half)
     assert rates[9] == pytest.approx(0.2 * quarter)
     assert rates[24] == rates[25] == pytest.approx(0.2 if schedule == "constant" else 0.05)
-    assert all(later <= earlier + 1e-15 for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier + 1e-15 for earlier, later in itertools.pairwise(rates[4:]))
 
 
 def test_a_schedule_of_warm_up_alone() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.conftest import adapter_of, add_job, run_all
 from luthier.base.load import Base, load_base
 from luthier.engine import engine as module
 from luthier.engine.engine import Engine, is_out_of_memory
@@ -15,10 +16,10 @@ from luthier.engine.job import TrainingJob
 from luthier.engine.pack import PackedBatch
 from luthier.types import AdapterSpec, Example, TrainSpec
 
-from engine.conftest import adapter_of, add_job, run_all
-
 MakeExamples = Callable[..., list[Example]]
-MESSAGE = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+MESSAGE = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+)
 
 
 class Room:

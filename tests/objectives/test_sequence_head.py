@@ -19,7 +19,9 @@ def test_logits_and_cross_entropy() -> None:
     scores = class_nll(logits_CK, classes_C)
     torch.testing.assert_close(logits_CK, F.linear(pooled_CD, head_KD))
     torch.testing.assert_close(scores.nll_P, F.cross_entropy(logits_CK, classes_C, reduction="none"))
-    assert scores.is_correct_P.tolist() == [int(r.argmax()) == int(c) for r, c in zip(logits_CK, classes_C, strict=True)]
+    assert scores.is_correct_P.tolist() == [
+        int(r.argmax()) == int(c) for r, c in zip(logits_CK, classes_C, strict=True)
+    ]
 
 
 def test_a_float32_head_over_a_bfloat16_body() -> None:

@@ -171,7 +171,7 @@ def test_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["one row", "ragged", "layers with different updates", "64 slots"])
 def test_float32_factors_over_a_bfloat16_base(name: str) -> None:
-    """Relative to the exact result in float64, within 2% in norm: bfloat16 keeps 8 bits, and each output rounds twice."""
+    """Relative to the exact result in float64, within 2% in norm: bfloat16 keeps 8 bits, outputs round twice."""
     x_TI, layers = build(CASES[name], torch.bfloat16, torch.float32)
     x_TI.requires_grad_()
     exact_x = x_TI.detach().double().requires_grad_()
@@ -180,7 +180,9 @@ def test_float32_factors_over_a_bfloat16_base(name: str) -> None:
             layer.weight_OI.double(),
             None if layer.bias_O is None else layer.bias_O.double(),
             tuple(
-                replace(u, a_RI=u.a_RI.detach().double().requires_grad_(), b_OR=u.b_OR.detach().double().requires_grad_())
+                replace(
+                    u, a_RI=u.a_RI.detach().double().requires_grad_(), b_OR=u.b_OR.detach().double().requires_grad_()
+                )
                 for u in layer.updates
             ),
         )

@@ -242,3 +242,27 @@ def test_bad_data_stops_before_the_base_is_loaded(tiny_llama: Path, tmp_path: Pa
         file.write("{broken\n")
     with pytest.raises(DataError, match="line 41"):
         luthier.train(recipe)
+
+
+def test_nothing_need_be_held_out(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny_llama, tmp_path)
+    recipe["data"]["validation"] = None
+    result = luthier.train(recipe)
+    assert result.status == "done"
+    assert result.evaluation["num_rows"] == 0
+    assert (result.folder / "adapter/adapter_model.safetensors").exists()
+
+
+def test_changed_data_is_refused_on_resume(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny_llama, tmp_path, train={"checkpoint_every": 1})
+
+    class Impatient(SilentProgress):
+        def step(self, job: str, step: int, *rest: Any) -> None:
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        luthier.train(recipe, progress=Impatient())
+    write_chat(Path(recipe["data"]["train"]), 40, seed=9)
+    with pytest.raises(RunError, match="files have changed"):
+        luthier.train(recipe, resume=True)

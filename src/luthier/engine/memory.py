@@ -128,9 +128,7 @@ def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> 
     parameters = sum(
         p.numel() * p.element_size() for job in jobs for p in job.slot.parameters().values() if p.requires_grad
     )
-    per_token = max(
-        activation_bytes_per_token(base, job.slot) + head_bytes_per_token(base, job.slot) for job in jobs
-    )
+    per_token = max(activation_bytes_per_token(base, job.slot) + head_bytes_per_token(base, job.slot) for job in jobs)
     largest = sum(largest_micro_batch(job) for job in jobs)
     alone = max(largest_micro_batch(job) for job in jobs)
     tokens = max(alone, min(largest, budget_tokens))

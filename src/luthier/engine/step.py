@@ -63,7 +63,8 @@ def train_step(base: Base, batch: PackedBatch, denominators: Mapping[int, float]
         tokens, classes = _scores(base, batch)
         total: Tensor | None = None
         if tokens is not None:
-            scale_P = batch.target_weight_P / _per_row(batch.target_segments, denominators, batch.target_weight_P)
+            weight_P = batch.target_weight_P.to(tokens.nll_P.dtype)
+            scale_P = weight_P / _per_row(batch.target_segments, denominators, weight_P)
             total = (tokens.nll_P * scale_P).sum()
         if classes is not None:
             ones_C = torch.ones_like(classes[0].nll_P)

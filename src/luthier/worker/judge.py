@@ -123,7 +123,8 @@ class Judge:
 
     def prompts(self, num_shots: int = 0) -> list[Any]:
         """The prompts to generate from, one a row."""
-        assert self.data.validation_records is not None
+        if not self.generated_at or self.data.validation_records is None:
+            return []
         task, records = self.data.task, self.data.validation_records
         shots = [task.from_json(value) for value in list(self.data.train_records)[:num_shots]]
         return [

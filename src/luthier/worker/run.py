@@ -19,13 +19,13 @@ from luthier.checkpoints.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from luthier.checkpoints.peft_format import load_values, slot_from_adapter, write_adapter
+from luthier.checkpoints.peft_format import check_writable, load_values, slot_from_adapter, write_adapter
 from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob
 from luthier.engine.pack import BASE_SLOT
 from luthier.engine.slot import Slot
-from luthier.errors import ModelError, RecipeError
+from luthier.errors import ModelError, RecipeError, RunError
 from luthier.evaluate.card import write_card
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.evaluate.report import write_report
@@ -142,11 +142,13 @@ class Run:
         """
         self.base = base
         slot = self._make_slot(base)
+        check_writable(slot, base)
         self.job = TrainingJob(self.name, slot, self.data.train, self.recipe.train.spec())
         checkpoint = latest_checkpoint(self.folder.checkpoints) if self.resumed else None
         if checkpoint is not None:
             extra = load_checkpoint(checkpoint, self.job, base)
             self._check_base(extra)
+            self._check_data(extra)
             self.best = Best(**extra["best"])
             self.seconds = {**extra["seconds"], **self.seconds}
             self.stopped_because = extra["stopped_because"]
@@ -180,6 +182,14 @@ class Run:
                 f"{self.name} was trained on weights {extra['base'][:12]}, and the base here is {now[:12]}",
                 "the same base",
                 "name in `base` the model that the run began with",
+            )
+
+    def _check_data(self, extra: dict[str, Any]) -> None:
+        if extra["data"] != self.data.data_hash:
+            raise RunError(
+                f"{self.name} was trained on other data: its files have changed since it began",
+                "the same rows, so that the resumed run equals an uninterrupted one",
+                "put the files back as they were, or start a new run with another `output`",
             )
 
     def _base_identity(self) -> str:
@@ -319,6 +329,7 @@ class Run:
             return
         extra = {
             "base": self._base_identity(),
+            "data": self.data.data_hash,
             "best": {
                 "step": self.best.step,
                 "loss": self.best.loss,
@@ -385,7 +396,11 @@ class Run:
             self.renderer.save(temporary)
 
     def _adapter_facts(self) -> dict[str, Any]:
-        return {"base_name": public_name(self.recipe.base), "labels": list(self.data.task.labels) or None}
+        return {
+            "base_name": public_name(self.recipe.base),
+            "labels": list(self.data.task.labels) or None,
+            "pad_token_id": self.renderer.pad_id,
+        }
 
     def _result(self, kept_step: int, peak_memory_bytes: int, device: str) -> dict[str, Any]:
         seconds = self.seconds.get("training", 0.0)
