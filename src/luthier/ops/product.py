@@ -3,7 +3,7 @@
 Shapes: M rows, K inputs, N outputs.
 
 MKL gives AMD processors its AVX2 kernels even where AVX-512 is there; oneDNN does not, and runs these float32 products
-1.1 to 1.4 times faster on such a machine. The choice depends on the processor alone, never on a timing, so that a
+1.05 to 1.4 times faster on such a machine. The choice depends on the processor alone, never on a timing, so that a
 resumed run computes the same bytes.
 """
 
