@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 SYSTEM = "Smart home to JSON."
 SEED = 20
-COPIES = {"train": 2, "test": 1}
-"""Rows per wording that has slots; a wording without slots gives one row."""
+SPLITS = ("train", "test")
 
-REFUSALS = ("unclear", "unsupported")
+REFUSAL = "unsupported"
 ACTIONS = ("on", "off", "set", "up", "down", "open", "close", "lock", "unlock", "play", "pause")
 
 
@@ -42,19 +41,20 @@ PERCENT_WORDS = _spoken(
     thirty_five=35, sixty_five=65, seventy_five=75, fifteen=15,
 )  # fmt: skip
 DEGREES = _same(*(str(number) for number in range(16, 26)))
-CLOCK = [
-    *[("5:15 am", "05:15"), ("6 am", "06:00"), ("6:30 am", "06:30"), ("7 am", "07:00"), ("7:45 am", "07:45")],
-    *[("8 am", "08:00"), ("8:20 am", "08:20"), ("9:30 am", "09:30"), ("10 am", "10:00"), ("11:10 am", "11:10")],
-    *[("1 pm", "13:00"), ("2:30 pm", "14:30"), ("3 pm", "15:00"), ("4:45 pm", "16:45"), ("5 pm", "17:00")],
-    *[("5:30 pm", "17:30"), ("6 pm", "18:00"), ("6:15 pm", "18:15"), ("7 pm", "19:00"), ("7:30 pm", "19:30")],
-    *[("8 pm", "20:00"), ("8:45 pm", "20:45"), ("9 pm", "21:00"), ("9:15 pm", "21:15"), ("10 pm", "22:00")],
-    *[("10:30 pm", "22:30"), ("11 pm", "23:00"), ("noon", "12:00"), ("midnight", "00:00")],
-    *_same("06:40", "12:15", "14:20", "17:05", "19:45", "21:30"),
+CLOCK = _same(
+    *("5:15 am", "6 am", "6:30 am", "7 am", "7:45 am", "8 am", "8:20 am", "9:30 am", "10 am", "11:10 am", "noon"),
+    *("1 pm", "2:30 pm", "3 pm", "4:45 pm", "5 pm", "5:30 pm", "6:15 pm", "7 pm", "7:30 pm", "8 pm", "8:45 pm"),
+    *("9 pm", "10 pm", "10:30 pm", "11 pm", "midnight", "6:40", "7:05", "12:15", "14:20", "17:05", "19:45", "21:30"),
+)
+MINUTES = [
+    *[(f"{number} minutes", str(number)) for number in (2, 3, 5, 8, 10, 12, 15, 20, 25, 40, 45, 50)],
+    *[(f"{word} minutes", number) for word, number in _spoken(five=5, ten=10, fifteen=15, twenty=20, thirty=30)],
+    *[("half an hour", "30"), ("half an hour", "30"), ("an hour", "60"), ("an hour", "60")],
 ]
 
-# Slot -> what a person says and what the reply says. Rare synonyms stand beside several plain names.
+# Slot -> what a person says and what the reply says.
 SLOTS: dict[str, list[tuple[str, str]]] = {
-    "room": [*ROOMS, *ROOMS, ("lounge", "living room"), ("study", "office")],
+    "room": ROOMS,
     "rd": _same("light", "light", "fan", "heating", "TV", "speaker"),
     "lamp": _as("light", "light", "lamp", "ceiling light"),
     "blinds": _as("blinds", "blinds", "curtains", "shutters", "shades"),
@@ -74,6 +74,7 @@ SLOTS: dict[str, list[tuple[str, str]]] = {
         *_same("treadmill", "game console", "laptop", "rice cooker", "blender", "shower", "record player", "sunbed"),
     ],
     "hatch": _same("window", "skylight", "gate", "cupboard", "safe", "mailbox", "cat flap", "wardrobe", "drawer"),
+    "appliance": _same("oven", "alarm", "dishwasher", "washing machine", "coffee maker", "vacuum"),
     "pct": PERCENT,
     "pctw": PERCENT_WORDS,
     "deg": DEGREES,
@@ -83,12 +84,11 @@ SLOTS: dict[str, list[tuple[str, str]]] = {
     "oven": _same(*(str(number) for number in range(150, 260, 10))),
     "genre": _same("jazz", "rock", "pop", "blues", "soul", "folk", "disco", "opera", "reggae", "techno"),
     "clock": CLOCK,
-    "min": _same("2", "3", "5", "8", "10", "12", "15", "20", "25", "30", "40", "45", "50", "90"),
-    "minw": _spoken(two=2, three=3, five=5, ten=10, twelve=12, fifteen=15, twenty=20, thirty=30, forty=40),
+    "dur": MINUTES,
 }
 
 # A reply names a spoken number by the slot of its digits.
-REPLY_NAME = {"pctw": "pct", "degw": "deg", "speedw": "speed", "minw": "min"}
+REPLY_NAME = {"pctw": "pct", "degw": "deg", "speedw": "speed"}
 
 
 class Wording(NamedTuple):
@@ -148,9 +148,9 @@ def fill(wording: Wording, deck: Deck) -> dict[str, Any]:
 
 
 def canonical_reply(shorthand: str) -> str:
-    """The JSON that a filled shorthand such as "kitchen light set 40 at 07:00; front door lock" stands for."""
-    if shorthand in REFUSALS:
-        return _compact({"error": shorthand})
+    """The JSON that a filled shorthand such as "kitchen light set 40 at 7 am; front door lock" stands for."""
+    if shorthand == REFUSAL:
+        return _compact({"error": REFUSAL})
     return _compact([_step(part) for part in shorthand.split("; ")])
 
 
@@ -163,7 +163,7 @@ def _step(text: str) -> dict[str, Any]:
         value = rest.pop(0)
         step["value"] = int(value) if value.isdigit() else value
     if rest:
-        step[rest[0]] = rest[1] if rest[0] == "at" else int(rest[1])
+        step[rest[0]] = " ".join(rest[1:]) if rest[0] == "at" else int(rest[1])
     return step
 
 
@@ -177,10 +177,15 @@ def rows(split: str) -> Iterator[dict[str, Any]]:
     deck = Deck(generator)
     made: dict[str, dict[str, Any]] = {}
     for wording in read_wordings(HERE / "wordings" / f"{split}.txt"):
-        for _ in range(COPIES[split] if "{" in wording.request else 1):
+        for _ in range(_num_rows(wording, split)):
             row = fill(wording, deck)
             made.setdefault(row["messages"][1]["content"], row)
     yield from sorted(made.values(), key=lambda _: generator.random())
+
+
+def _num_rows(wording: Wording, split: str) -> int:
+    """Two training rows for a wording that says two or more things; every other wording gives one."""
+    return 2 if split == "train" and wording.reply != REFUSAL and wording.request.count("{") > 1 else 1
 
 
 def text(split: str) -> str:
@@ -190,7 +195,7 @@ def text(split: str) -> str:
 
 def main() -> None:
     """Write both files beside this script."""
-    for split in COPIES:
+    for split in SPLITS:
         (HERE / f"{split}.jsonl").write_text(text(split), encoding="utf-8", newline="\n")
 
 

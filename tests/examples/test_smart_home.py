@@ -37,8 +37,12 @@ HOUSE_ACTIONS = {
     "washing machine": {"on", "off"},
     "vacuum": {"on", "off"},
 }
-ALLOWED = HOUSE_ACTIONS | {f"{room} {device}": ROOM_ACTIONS[device] for room in ROOMS for device in ROOM_ACTIONS}
-REFUSALS = ('{"error":"unclear"}', '{"error":"unsupported"}')
+ALLOWED = (
+    HOUSE_ACTIONS
+    | ROOM_ACTIONS
+    | {f"{room} {device}": ROOM_ACTIONS[device] for room in ROOMS for device in ROOM_ACTIONS}
+)
+REFUSAL = '{"error":"unsupported"}'
 
 
 def _load_build() -> ModuleType:
@@ -105,7 +109,7 @@ def test_every_reply_is_in_canonical_form(split: str) -> None:
         reply = json.loads(_reply(row))
         assert json.dumps(reply, ensure_ascii=False, separators=(",", ":")) == _reply(row)
         if isinstance(reply, dict):
-            assert _reply(row) in REFUSALS
+            assert _reply(row) == REFUSAL
             continue
         assert 1 <= len(reply) <= 3
         for step in reply:
@@ -123,7 +127,7 @@ def _check_step(step: dict[str, Any]) -> None:
     if step["action"] == "play":
         assert isinstance(step["value"], str)
     assert not {"at", "in"} <= set(step)
-    assert re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", step.get("at", "00:00"))
+    assert re.fullmatch(r"\d\d?(:[0-5]\d)? [ap]m|\d\d?:[0-5]\d|noon|midnight", step.get("at", "noon"))
     assert 1 <= step.get("in", 1) <= 120
 
 
@@ -134,14 +138,7 @@ def test_every_value_of_a_reply_was_said_in_the_request() -> None:
         }
         for value in {canonical for fillings in BUILD.SLOTS.values() for _, canonical in fillings}
     }
-    shares = {
-        "50": {"half", "halfway"},
-        "75": {"three quarters"},
-        "100": {"full"},
-        "25": {"quarter"},
-        "30": {"half an hour"},
-        "60": {"an hour"},
-    }
+    shares = {"50": {"half", "halfway"}, "100": {"full"}, "25": {"quarter"}}
     for row in _rows("train") + _rows("test"):
         reply = json.loads(_reply(row))
         for step in reply if isinstance(reply, list) else []:
@@ -163,7 +160,7 @@ def test_held_out_wordings_do_not_repeat_among_themselves() -> None:
 
 
 def test_the_mask_hides_what_a_slot_may_hold() -> None:
-    assert _masked("Set the kitchen light to 40 percent, please.") == _masked("set the LOUNGE fan to twenty-five")
+    assert _masked("Set the kitchen light to 40 percent, please.") == _masked("set the OFFICE fan to twenty-five")
     assert _masked("Lock the front door at 7:30 am") == _masked("Lock the back door at midnight!")
     assert _masked("Open the kitchen blinds") != _masked("Close the kitchen blinds")
 
@@ -173,8 +170,7 @@ def test_refusals_several_steps_values_and_times_all_occur(split: str) -> None:
     rows = _rows(split)
     replies = [json.loads(_reply(row)) for row in rows]
     steps = [step for reply in replies if isinstance(reply, list) for step in reply]
-    assert sum(_reply(row) in REFUSALS for row in rows) >= 0.1 * len(rows)
-    assert {_reply(row) for row in rows} >= set(REFUSALS)
+    assert sum(_reply(row) == REFUSAL for row in rows) >= 0.1 * len(rows)
     assert sum(len(reply) > 1 for reply in replies if isinstance(reply, list)) >= 0.07 * len(rows)
     assert sum("value" in step for step in steps) >= 0.2 * len(steps)
     assert sum("at" in step or "in" in step for step in steps) >= 0.07 * len(steps)

@@ -2,8 +2,9 @@
 
 Shapes: T tokens, F features.
 
-A mask entry is a hash of (job seed, optimizer step, example, token position, module, feature). The mixing function is
-the 32-bit finalizer of MurmurHash3 (A. Appleby, public domain), in int64 arithmetic so that every product stays exact.
+A mask entry is a hash of (job seed, optimizer step, example, token position, module, feature). The mixing function
+has the shape of MurmurHash3's 32-bit finalizer (A. Appleby, public domain), with multipliers under 2^31, so that every
+product stays exact in int64.
 """
 
 from __future__ import annotations
