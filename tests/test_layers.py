@@ -46,7 +46,7 @@ def _core() -> list[str]:
 
 def _engine() -> list[str]:
     names = [name for part in ENGINE for name in _modules(part)]
-    return names + [name for name in _modules("methods") if name.endswith("layer")]
+    return names + [name for name in _modules("methods") if not name.endswith("config")]
 
 
 def _run(code: str) -> subprocess.CompletedProcess[str]:

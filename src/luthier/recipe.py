@@ -146,6 +146,11 @@ class JobSpec(Strict):
     def _name_is_a_type(cls, value: Any) -> Any:
         return {"type": value} if isinstance(value, str) else value
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _lora_unless_named(cls, value: Any) -> Any:
+        return {"type": "lora", **value} if isinstance(value, dict) else value
+
 
 class Recipe(JobSpec):
     """A job on your own machine: a JobSpec with its data, starting point, compute and output."""

@@ -6,8 +6,8 @@ runs without loading pydantic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,12 +71,18 @@ class AdapterSpec:
     """How a slot of the bank changes the base: plain values, already validated.
 
     Attributes:
-        method: Name of a bank method ("lora").
-        rank: Rank r of the update.
+        method: Name of a bank method ("lora", "dora", "ia3").
+        rank: Rank r of the update, where the method has one.
         alpha: Numerator of the scaling; the update is multiplied by alpha / r, or alpha / sqrt(r) if `rank_stabilized`.
         dropout: Probability of dropping an input feature of the low-rank branch while training.
         rank_stabilized: rsLoRA scaling (Kalajdzievski 2023, arXiv:2312.03732).
-        targets: "all-linear" (every linear layer but the output layer), or module-name suffixes.
+        init: What the factors start from: "default" (no change), "pissa" or "olora" (parts of the base's own weight).
+        lora_plus_ratio: LoRA+: the learning rate of B as a multiple of the rest's (Hayou et al. 2024,
+            arXiv:2402.12354).
+        targets: "all-linear" (every linear layer but the output layer), "default" (what the method's paper adapts), or
+            module-name suffixes.
+        feedforward: Those of the targets, as suffixes, whose input ia3 scales rather than their output; None takes
+            those that are named as feed-forward layers usually are.
         modules_to_save: Names of modules trained in full, a copy a slot.
         new_tokens: Token ids whose embedding rows the slot trains; ids past the base's vocabulary are new rows.
         num_classes: Size of the sequence head, or None for none.
@@ -87,11 +93,13 @@ class AdapterSpec:
     alpha: float = 32.0
     dropout: float = 0.0
     rank_stabilized: bool = False
+    init: Literal["default", "pissa", "olora"] = "default"
+    lora_plus_ratio: float = 1.0
     targets: str | tuple[str, ...] = "all-linear"
+    feedforward: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     new_tokens: tuple[int, ...] = ()
     num_classes: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,14 @@ The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from luthier.base.folder import read_json
 from luthier.errors import ModelError
+from luthier.methods.file_format import FileFormat, by_pattern
+from luthier.methods.formats import FORMATS
 from luthier.types import AdapterSpec
 
 PREFIX = "base_model.model."
@@ -20,47 +21,26 @@ PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-METHODS = {"LORA": "lora"}
-"""`peft_type` -> the bank's method."""
-
 TASK_TYPES = (None, "CAUSAL_LM", "SEQ_CLS")
 HEAD_NAMES = ("score", "classifier")
 """What transformers calls the head of a sequence classifier."""
 
-_UNDERSTOOD_FIELDS = frozenset(
+_FIELDS = frozenset(
     {
-        "alpha_pattern",
         "auto_mapping",
         "base_model_name_or_path",
         "bias",
-        "ensure_weight_tying",
         "exclude_modules",
         "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "megatron_core",
         "modules_to_save",
         "peft_type",
         "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
         "revision",
-        "runtime_config",
         "target_modules",
         "task_type",
-        "trainable_token_indices",
-        "use_rslora",
     }
 )
-"""Fields that are read here, or that change nothing once an adapter is trained. Any other that is set is refused: it
-would change the arithmetic (use_dora, fan_in_fan_out ...)."""
-
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
-"""Initializations that leave the base as it is; pissa, olora, corda, loftq and lora_ga change it."""
+"""Fields of any method that are read here, or that change nothing once an adapter is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +50,7 @@ class AdapterFiles:
     Attributes:
         folder: Where both files lie.
         config: adapter_config.json as it is.
-        method: The bank's method ("lora").
+        own: The bank's method and its own values, such as a rank.
         base_name: The base it says it was trained over (a Hub id or a path), or None.
         base_revision: That base's revision, or None.
         targets: "all-linear", or module-name suffixes; the modules' own names where the config gives a pattern.
@@ -84,13 +64,9 @@ class AdapterFiles:
 
     folder: Path
     config: dict[str, Any]
-    method: str
+    own: AdapterSpec
     base_name: str | None
     base_revision: str | None
-    rank: int
-    alpha: float
-    dropout: float
-    rank_stabilized: bool
     targets: str | tuple[str, ...]
     modules_to_save: tuple[str, ...]
     new_tokens: tuple[int, ...]
@@ -104,22 +80,26 @@ class AdapterFiles:
         """The safetensors file."""
         return self.folder / WEIGHTS_FILE
 
-    def rank_of(self, module: str) -> int:
-        """Rank of one module's update: the config's, unless its `rank_pattern` names the module."""
-        return _by_pattern(self.config.get("rank_pattern"), module, self.rank)
+    @property
+    def method(self) -> str:
+        """The bank's method."""
+        return self.own.method
 
-    def alpha_of(self, module: str) -> float:
-        """Numerator of one module's scaling, likewise."""
-        return float(_by_pattern(self.config.get("alpha_pattern"), module, self.alpha))
+    @property
+    def format(self) -> FileFormat:
+        """How this method's files look."""
+        return FORMATS[self.method]
+
+    def layer_spec(self, module: str) -> AdapterSpec:
+        """The method's values for one layer: the config's, unless its rank or alpha pattern names the module."""
+        rank = by_pattern(self.config.get("rank_pattern"), module, self.own.rank)
+        alpha = by_pattern(self.config.get("alpha_pattern"), module, self.own.alpha)
+        return replace(self.own, rank=rank, alpha=float(alpha))
 
     def spec(self) -> AdapterSpec:
         """The slot that this adapter fits into."""
-        return AdapterSpec(
-            method=self.method,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            rank_stabilized=self.rank_stabilized,
+        return replace(
+            self.own,
             targets=self.targets,
             modules_to_save=self.modules_to_save,
             new_tokens=self.new_tokens,
@@ -136,10 +116,10 @@ def read_adapter(folder: Path) -> AdapterFiles:
     """
     folder = _adapter_folder(folder)
     config = read_json(folder / CONFIG_FILE)
-    _check_known(folder, config)
+    form = _format(folder, config)
     shapes, dtypes = _read_header(_weights(folder))
-    rank = _number(folder, config, "r", int)
-    modules = _check_tensors(folder, shapes, rank, config.get("rank_pattern"))
+    own = form.spec(str(folder / CONFIG_FILE), config)
+    modules = _check_tensors(folder, form, config, shapes)
     task_type = config.get("task_type")
     saved = tuple(config.get("modules_to_save") or ())
     if task_type == "SEQ_CLS":  # PEFT lists the classifier's head among them
@@ -147,13 +127,9 @@ def read_adapter(folder: Path) -> AdapterFiles:
     return AdapterFiles(
         folder=folder,
         config=config,
-        method=METHODS[config["peft_type"]],
+        own=own,
         base_name=config.get("base_model_name_or_path"),
         base_revision=config.get("revision"),
-        rank=rank,
-        alpha=float(_number(folder, config, "lora_alpha", int | float)),
-        dropout=float(config.get("lora_dropout") or 0.0),
-        rank_stabilized=bool(config.get("use_rslora")),
         targets=_targets(folder, config, modules),
         modules_to_save=saved,
         new_tokens=_new_tokens(folder, config),
@@ -191,23 +167,27 @@ def _weights(folder: Path) -> Path:
     raise ModelError(f"{folder} has no {WEIGHTS_FILE}", f"{CONFIG_FILE} and {WEIGHTS_FILE} side by side")
 
 
-def _check_known(folder: Path, config: dict[str, Any]) -> None:
+def _format(folder: Path, config: dict[str, Any]) -> FileFormat:
+    """The method's, once nothing is set that would change its arithmetic."""
     where = folder / CONFIG_FILE
-    if config.get("peft_type") not in METHODS:
-        raise ModelError(f"{where} has peft_type {config.get('peft_type')!r}", f"one of {', '.join(METHODS)}")
+    form = next((form for form in FORMATS.values() if form.claims(config)), None)
+    if form is None:
+        raise ModelError(
+            f"{where} has peft_type {config.get('peft_type')!r}",
+            f"an adapter of {', '.join(FORMATS)}",
+            "merge it into its base with peft (merge_and_unload), save that, and name the folder under `base`",
+        )
     if config.get("task_type") not in TASK_TYPES:
         raise ModelError(f"{where} has task_type {config.get('task_type')!r}", "CAUSAL_LM, SEQ_CLS or null")
-    strange = {name: value for name, value in config.items() if name not in _UNDERSTOOD_FIELDS and value}
-    if config.get("bias", "none") != "none":
-        strange["bias"] = config["bias"]
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        strange["init_lora_weights"] = config["init_lora_weights"]
+    known = _FIELDS | form.fields
+    strange = {name: value for name, value in config.items() if name not in known and value} | form.strange(config)
     if strange:
         raise ModelError(
             f"{where} sets " + ", ".join(f"{name}={value!r}" for name, value in sorted(strange.items())),
-            "a plain LoRA adapter",
+            f"a plain adapter of {form.method}",
             "merge it into its base with peft (merge_and_unload), save that, and name the folder under `base`",
         )
+    return form
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -225,30 +205,26 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
     return shapes, dtypes
 
 
-def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int, pattern: Any) -> tuple[str, ...]:
-    """The names of the adapted modules, once every one has both factors in the rank that the config says."""
-    pairs = {name.removesuffix(".lora_A.weight") for name in shapes if name.endswith(".lora_A.weight")}
-    halves = {name.removesuffix(".lora_B.weight") for name in shapes if name.endswith(".lora_B.weight")}
+def _check_tensors(
+    folder: Path, form: FileFormat, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """The names of the adapted modules, once every one has all its tensors, as the config says."""
     if not shapes:
         raise ModelError(f"{folder / WEIGHTS_FILE} holds no tensor", fix="train it again; its saving went wrong")
-    if odd := sorted(pairs ^ halves):
-        raise ModelError(f"{folder / WEIGHTS_FILE} holds half a pair for {odd[0]}", "lora_A and lora_B for each module")
-    for name in sorted(pairs):
-        found = shapes[f"{name}.lora_A.weight"][0], shapes[f"{name}.lora_B.weight"][1]
-        expected = _by_pattern(pattern, name, rank)
-        if found != (expected, expected):
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        for tensor in form.tensors:
+            if name.endswith(f".{tensor}"):
+                layers.setdefault(name.removesuffix(f".{tensor}"), {})[tensor] = shape
+    for name, found in sorted(layers.items()):
+        module = name.removeprefix(PREFIX)
+        if missing := [tensor for tensor in form.tensors if tensor not in found]:
             raise ModelError(
-                f"{folder}: {name} has rank {found[0]} and {found[1]}", f"{expected}, as {CONFIG_FILE} says"
+                f"{folder / WEIGHTS_FILE} holds no {missing[0]} for {module}",
+                f"{' and '.join(form.tensors)} for each module",
             )
-    return tuple(sorted(name.removeprefix(PREFIX) for name in pairs))
-
-
-def _by_pattern(pattern: Any, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's name, as PEFT looks it up."""
-    for end, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({end})$", module):
-            return value
-    return default
+        form.check(str(folder), config, module, found)
+    return tuple(sorted(name.removeprefix(PREFIX) for name in layers))
 
 
 def _targets(folder: Path, config: dict[str, Any], modules: tuple[str, ...]) -> str | tuple[str, ...]:
@@ -286,10 +262,3 @@ def _num_classes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> int:
     raise ModelError(
         f"{folder / WEIGHTS_FILE} holds no classifier head", f"{' or '.join(HEAD_NAMES)} in {WEIGHTS_FILE}"
     )
-
-
-def _number(folder: Path, config: dict[str, Any], name: str, kind: Any) -> Any:
-    value = config.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
-        raise ModelError(f"{folder / CONFIG_FILE} has {name} = {value!r}", "a positive number")
-    return value

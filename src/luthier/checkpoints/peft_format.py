@@ -19,9 +19,7 @@ A language-modelling adapter loads with `PeftModel.from_pretrained(model, folder
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +35,8 @@ from luthier.engine.bank import Bank
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RecipeError
 from luthier.files import writing
-from luthier.methods.lora.layer import scaling
+from luthier.methods.formats import FORMATS
+from luthier.methods.registry import METHODS
 
 __all__ = ["check_writable", "classifier_config", "load_values", "peft_config", "slot_from_adapter", "write_adapter"]
 
@@ -96,6 +95,8 @@ def check_writable(slot: Slot, base: Base) -> None:
                 f"new_tokens trains rows of {ends[name]}, and modules_to_save the whole of it ({name})",
                 "leave one of the two out",
             )
+    if slot.token_rows is not None and "trainable_token_indices" not in FORMATS[slot.spec.method].fields:
+        raise _conflict(f"new_tokens, which PEFT's files of {slot.spec.method} have no place for", "leave it out")
     if slot.token_rows is not None and slot.head is None:
         if bank.output_name in slot.adapters:
             raise _conflict(
@@ -111,27 +112,19 @@ def check_writable(slot: Slot, base: Base) -> None:
 
 def peft_config(slot: Slot, base: Base, base_name: str, revision: str | None = None) -> Any:
     """PEFT's own config of the slot."""
-    from peft import LoraConfig
-
     spec = slot.spec
     saved = [*([HEAD] if slot.head is not None else []), *slot.saved_modules]
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=_number(spec.alpha),  # type: ignore[arg-type]
-        lora_dropout=spec.dropout,
-        use_rslora=spec.rank_stabilized,
-        rank_pattern={n: f.a_RI.shape[0] for n, f in slot.adapters.items() if f.a_RI.shape[0] != spec.rank},
-        alpha_pattern=_alpha_pattern(slot),
-        modules_to_save=saved or None,
-        trainable_token_indices=_token_indices(slot, base.bank),
-        task_type="SEQ_CLS" if slot.head is not None else "CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        revision=revision,
-        inference_mode=True,
-    )
-    # Set afterwards, for LoraConfig makes a set of a list, whose order in the file would change from run to run.
-    config.target_modules = _targets(slot, base)
-    return config
+    fields: dict[str, Any] = {
+        "modules_to_save": saved or None,
+        "task_type": "SEQ_CLS" if slot.head is not None else "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+        "inference_mode": True,
+    }
+    indices = _token_indices(slot, base.bank)
+    if indices is not None:
+        fields["trainable_token_indices"] = indices
+    return METHODS[spec.method].peft_config(spec, slot.adapters, _targets(slot, base), fields)
 
 
 def classifier_config(
@@ -212,17 +205,6 @@ def _targets(slot: Slot, base: Base) -> list[str] | str:
     return ends if meant == set(slot.adapters) else sorted(slot.adapters)
 
 
-def _alpha_pattern(slot: Slot) -> dict[str, float]:
-    """The alphas of layers whose scaling does not follow from the slot's own alpha."""
-    spec = slot.spec
-    found = {}
-    for name, factors in slot.adapters.items():
-        rank = factors.a_RI.shape[0]
-        if factors.scale != scaling(replace(spec, rank=rank)):
-            found[name] = _number(factors.scale * (math.sqrt(rank) if spec.rank_stabilized else rank))
-    return found
-
-
 def _token_indices(slot: Slot, bank: Bank) -> list[int] | dict[str, list[int]] | None:
     if slot.token_rows is None:
         return None
@@ -231,10 +213,6 @@ def _token_indices(slot: Slot, bank: Bank) -> list[int] | dict[str, list[int]] |
         return ids
     assert bank.output_name is not None
     return {bank.input_name: ids, bank.output_name: ids}
-
-
-def _number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
 
 
 def _first(value: Any) -> int | None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from luthier.base.adapter_files import PREFIX
-from luthier.engine.bank import Bank, BankModule
+from luthier.engine.bank import Bank
 from luthier.engine.slot import Slot
+from luthier.engine.wrappers import BankModule
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 """What PEFT calls the rows of trained tokens within an embedding or output layer."""
@@ -18,7 +19,7 @@ HEAD = "score"
 
 
 def peft_name(parameter: str, bank: Bank) -> str:
-    """The file's name, with `PREFIX`, of a parameter as `Slot.parameters` names it."""
+    """The file's name, with `PREFIX`, of a tensor as `Slot.tensors` and `Slot.parameters` name it."""
     if parameter == "head.weight":
         return f"{PREFIX}{HEAD}.weight"
     if parameter == "token_rows.input":
@@ -36,7 +37,7 @@ def is_stored(parameter: str, slot: Slot) -> bool:
 def to_peft(slot: Slot, bank: Bank) -> dict[str, Tensor]:
     """The slot's tensors, and the buffers of its trained modules, under the names of PEFT's files."""
     tensors: dict[str, Tensor] = {
-        peft_name(name, bank): parameter for name, parameter in slot.parameters().items() if is_stored(name, slot)
+        peft_name(name, bank): tensor for name, tensor in slot.tensors().items() if is_stored(name, slot)
     }
     for module, copied in slot.saved_modules.items():
         tensors |= {f"{PREFIX}{module}.{name}": tensor for name, tensor in copied.state_dict().items()}

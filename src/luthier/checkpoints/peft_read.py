@@ -22,7 +22,8 @@ from luthier.checkpoints.tensor_file import read_tensors
 from luthier.engine.bank import Bank
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError
-from luthier.methods.lora.layer import LoraFactors, scaling
+from luthier.methods.method import LayerAdapter
+from luthier.methods.registry import METHODS
 
 
 @dataclass(slots=True)
@@ -30,14 +31,14 @@ class _Contents:
     """An adapter's files, taken apart.
 
     Attributes:
-        values: `Slot.parameters` name -> tensor.
-        targets: Adapted layers, and the factor of each one's update.
+        values: `Slot.tensors` name -> tensor.
+        adapted: Adapted layer, in the model's order -> its tensors.
         saved: Module trained in full -> its tensors, buffers included.
         token_ids: Ascending.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    targets: dict[str, float] = field(default_factory=dict)
+    adapted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     token_ids: tuple[int, ...] = ()
 
@@ -56,14 +57,13 @@ def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None) ->
     contents = _take_apart(base.bank, files)
     spec = replace(
         files.spec(),
-        dropout=files.dropout if dropout is None else dropout,
+        dropout=files.own.dropout if dropout is None else dropout,
         modules_to_save=tuple(contents.saved),
         new_tokens=contents.token_ids,
     )
-    slot = base.bank.add(replace(spec, targets=tuple(contents.targets)), seed=0)
+    slot = base.bank.add(replace(spec, targets=(), feedforward=None), seed=0)
     try:
-        for name, scale in contents.targets.items():
-            slot.adapters[name] = _factors(slot.adapters[name], contents.values, name, scale, spec.dropout)
+        base.bank.adapt(slot, _adapters(base.bank, files, contents, spec.dropout))
         for name, tensors in contents.saved.items():
             _fill(slot.saved_modules[name], tensors, name, base.bank, files)
         rows = slot.token_rows
@@ -75,6 +75,18 @@ def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None) ->
         raise
     slot.spec = spec
     return slot
+
+
+def _adapters(bank: Bank, files: AdapterFiles, contents: _Contents, dropout: float) -> dict[str, LayerAdapter]:
+    method = METHODS[files.method]
+    adapters = {}
+    for name, tensors in contents.adapted.items():
+        try:
+            spec = replace(files.layer_spec(name), dropout=dropout)
+            adapters[name] = method.adopt(spec, name, bank.layer(name), tensors)
+        except ValueError as error:
+            raise _misfit(files, str(error), "this base's layers") from None
+    return adapters
 
 
 def load_values(slot: Slot, base: Base, folder: Path) -> None:
@@ -102,7 +114,7 @@ def load_values(slot: Slot, base: Base, folder: Path) -> None:
 def _take_apart(bank: Bank, files: AdapterFiles) -> _Contents:
     tensors = _with_plain_names(read_tensors(files.weights))
     contents = _Contents()
-    _take_low_rank(bank, files, tensors, contents)
+    _take_adapted(bank, files, tensors, contents)
     if files.num_classes is not None:
         head = next(name for name in HEAD_NAMES if f"{name}.weight" in tensors)
         contents.values["head.weight"] = tensors.pop(f"{head}.weight")
@@ -111,7 +123,7 @@ def _take_apart(bank: Bank, files: AdapterFiles) -> _Contents:
     if tensors:
         raise ModelError(
             f"{files.folder} holds {_few(sorted(tensors))}, which is not understood",
-            "low-rank factors, modules named in modules_to_save, and trained tokens",
+            "tensors of its method, modules named in modules_to_save, and trained tokens",
             "merge it into its base with peft (merge_and_unload), save that, and name the folder under `base`",
         )
     return contents
@@ -126,22 +138,15 @@ def _with_plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _take_low_rank(bank: Bank, files: AdapterFiles, tensors: dict[str, Tensor], contents: _Contents) -> None:
-    named = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+def _take_adapted(bank: Bank, files: AdapterFiles, tensors: dict[str, Tensor], contents: _Contents) -> None:
+    first, *_ = ends = files.format.tensors
+    named = {name.removesuffix(f".{first}") for name in tensors if name.endswith(f".{first}")}
     strange = sorted(named - set(bank.linears))
     if strange:
         raise _misfit(files, f"it adapts {strange[0]}, which is no linear layer of this base", "this base's layers")
     for name in (layer for layer in bank.linears if layer in named):
-        linear = bank.linears[name]
-        a_RI, b_OR = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
-        if (a_RI.shape[1], b_OR.shape[0]) != (linear.in_features, linear.out_features):
-            raise _misfit(
-                files,
-                f"{name} maps {a_RI.shape[1]} to {b_OR.shape[0]} features",
-                f"{linear.in_features} to {linear.out_features}",
-            )
-        contents.values |= {f"{name}.lora_A.weight": a_RI, f"{name}.lora_B.weight": b_OR}
-        contents.targets[name] = scaling(replace(files.spec(), rank=a_RI.shape[0], alpha=files.alpha_of(name)))
+        contents.adapted[name] = {end: tensors.pop(f"{name}.{end}") for end in ends}
+        contents.values |= {f"{name}.{end}": tensor for end, tensor in contents.adapted[name].items()}
 
 
 def _take_saved(bank: Bank, files: AdapterFiles, tensors: dict[str, Tensor], contents: _Contents) -> None:
@@ -222,12 +227,6 @@ def _with_rows(
 
 
 # -- putting them into a slot
-
-
-def _factors(like: LoraFactors, values: dict[str, Tensor], name: str, scale: float, dropout: float) -> LoraFactors:
-    """Empty factors of the files' own rank."""
-    a_RI, b_OR = (torch.empty_like(values[f"{name}.lora_{half}.weight"]).to(like.a_RI) for half in "AB")
-    return LoraFactors(nn.Parameter(a_RI), nn.Parameter(b_OR), scale, dropout)
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], name: str, bank: Bank, files: AdapterFiles) -> None:

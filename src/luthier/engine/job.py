@@ -70,7 +70,7 @@ class TrainingJob:
         self.micro_batch_tokens = spec.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
         self.steps_per_epoch = math.ceil(len(examples) / spec.batch_size)
         self.total_steps = total_steps(len(examples), spec)
-        self.optimizer = JobOptimizer(slot.parameters(), spec, self.total_steps)
+        self.optimizer = JobOptimizer(slot.parameters(), spec, self.total_steps, slot.rate_ratios())
         self.state: State = "running"
         self.problem = ""
         self.num_tokens_done = 0

@@ -71,7 +71,7 @@ def activation_bytes_per_token(base: Base, slot: Slot) -> int:
     kept: dict[tuple[int, int], int] = {}
     held: list[Tensor] = []
     weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
-    own = {parameter.untyped_storage().data_ptr() for parameter in slot.parameters().values()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*slot.parameters().values(), *slot.constants())}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -6,6 +6,7 @@ Nothing is shared between jobs, so weight decay and moments of a slot that is no
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,25 @@ class JobOptimizer:
         parameters: The slot's parameters by name.
         spec: Learning rate, schedule, betas, decay and clipping.
         total_steps: Length of the schedule.
+        rate_ratios: Learning rates as multiples of the job's, of those parameters that have another.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], spec: TrainSpec, total_steps: int) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        spec: TrainSpec,
+        total_steps: int,
+        rate_ratios: Mapping[str, float] | None = None,
+    ) -> None:
         self.parameters = parameters
         self.spec = spec
         self.total_steps = total_steps
         self.num_steps = 0
+        by_ratio: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            by_ratio.setdefault((rate_ratios or {}).get(name, 1.0), []).append(parameter)
         self._adamw = torch.optim.AdamW(
-            list(parameters.values()),
+            [{"params": members, "rate_ratio": ratio} for ratio, members in by_ratio.items()],
             lr=spec.learning_rate,
             betas=spec.betas,
             eps=spec.eps,
@@ -56,7 +67,7 @@ class JobOptimizer:
             if self.spec.max_grad_norm > 0:
                 nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.spec.max_grad_norm, norm)
             for group in self._adamw.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate_ratio"]
             self._adamw.step()
             self.num_steps += 1
         self.zero_grad()

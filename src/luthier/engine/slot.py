@@ -8,10 +8,9 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
-from luthier.methods.lora.layer import LoraFactors
+from luthier.methods.method import LayerAdapter, check_fits, copy_in
 from luthier.types import AdapterSpec
 
 
@@ -41,7 +40,7 @@ class Slot:
     Attributes:
         index: Its number in the bank, never reused in a process.
         spec: What was asked for.
-        adapters: Linear layer's name -> its factors.
+        adapters: Linear layer's name -> what its method keeps for it.
         saved_modules: Module's name -> this slot's own trained copy.
         token_rows: Trained embedding rows, or None.
         head: Sequence head [C, D] without bias, or None.
@@ -50,7 +49,7 @@ class Slot:
 
     index: int
     spec: AdapterSpec
-    adapters: dict[str, LoraFactors] = field(default_factory=dict)
+    adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     saved_modules: dict[str, nn.Module] = field(default_factory=dict)
     token_rows: TokenRows | None = None
     head: nn.Linear | None = None
@@ -59,8 +58,13 @@ class Slot:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trainable tensor under a stable name, in a stable order."""
         named: dict[str, nn.Parameter] = {}
-        for module, factors in self.adapters.items():
-            named |= {f"{module}.{name}": parameter for name, parameter in factors.named_parameters().items()}
+        for module, adapter in self.adapters.items():
+            named |= {f"{module}.{name}": parameter for name, parameter in adapter.named_parameters().items()}
+        return named | self._own_parameters()
+
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """What it trains besides its adapters."""
+        named: dict[str, nn.Parameter] = {}
         for module, copied in self.saved_modules.items():
             named |= {f"{module}.{name}": parameter for name, parameter in copied.named_parameters()}
         if self.token_rows is not None:
@@ -71,26 +75,41 @@ class Slot:
             named |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
         return named
 
+    def rate_ratios(self) -> dict[str, float]:
+        """Learning rates as multiples of the job's, of those parameters that have another."""
+        return {
+            f"{module}.{name}": ratio
+            for module, adapter in self.adapters.items()
+            for name, ratio in adapter.rate_ratios().items()
+        }
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that it keeps and never trains."""
+        return [tensor for adapter in self.adapters.values() for tensor in adapter.constants()]
+
     @property
     def num_trainable_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters().values() if parameter.requires_grad)
 
-    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it has learnt, by name: the parameters, where the adapters keep them as PEFT's files do."""
+        named: dict[str, Tensor] = {}
+        for module, adapter in self.adapters.items():
+            named |= {f"{module}.{name}": tensor for name, tensor in adapter.tensors().items()}
+        return named | self._own_parameters()
+
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy values in by name.
+        """Take in what `tensors` gave.
 
         Raises:
             KeyError: naming what is missing or unexpected.
             ValueError: naming a tensor of another shape.
         """
-        own = self.parameters()
-        odd = sorted(set(own) ^ set(tensors))
-        if odd:
-            raise KeyError(f"tensors that only one side has: {', '.join(odd[:5])}" + (" ..." if len(odd) > 5 else ""))
-        for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
-            parameter.copy_(tensors[name])
+        check_fits(self.tensors(), tensors)
+        for module, adapter in self.adapters.items():
+            adapter.load({name: tensors[f"{module}.{name}"] for name in adapter.tensors()})
+        own = self._own_parameters()
+        copy_in(own, {name: tensors[name] for name in own})
 
     def snapshot(self, index: int) -> Slot:
         """An immutable copy that can serve while this slot goes on training."""

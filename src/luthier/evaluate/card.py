@@ -119,7 +119,7 @@ def _base(record: RunRecord) -> tuple[str, str | None]:
 
 def _opening(record: RunRecord) -> str:
     base, _ = _base(record)
-    method = {"lora": "LoRA"}.get(record.method, record.method)
+    method = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)³"}.get(record.method, record.method)
     line = summary.headline(record.evaluation)
     text = f"An adapter for `{_plain(base)}`, tuned with Luthier" + (
         f" ({_plain(method)}, task {_plain(record.task)})." if method else "."

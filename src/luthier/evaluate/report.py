@@ -27,7 +27,7 @@ _PART_NAMES = {
     "cut": "rows cut to max_length",
     "dropped": "rows left out for their length",
 }
-_METHOD_NAMES = {"lora": "LoRA"}
+_METHOD_NAMES = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)³"}
 _FINE_STOPS = {"", "all steps done", "finished"}
 
 

@@ -30,7 +30,7 @@ from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError, StorageError
 from luthier.export.compare import Tokens, distance, model_logits, random_sequences, slot_logits
 from luthier.files import atomic_folder
-from luthier.methods.lora.layer import merged_weight
+from luthier.methods.method import LayerAdapter
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -160,7 +160,7 @@ def check_free(output: Path) -> None:
 
 @torch.no_grad()
 def merge(model: Any, slot: Slot) -> None:
-    """Write a slot into a model of its own: trained modules, then tokens' rows, then low-rank updates.
+    """Write a slot into a model of its own: trained modules, then tokens' rows, then the layers' adapters.
 
     Args:
         model: A freshly loaded causal language model or sequence classifier; changed in place.
@@ -171,6 +171,7 @@ def merge(model: Any, slot: Slot) -> None:
     output_name = _output_name(model)
     if output_name is not None and _needs_untying(model, slot, output_name):
         _untie(model)
+    known = {name: model.get_submodule(name).out_features for name in slot.adapters}
     for name, trained in slot.saved_modules.items():
         _put(model, name, copy.deepcopy(trained).to(model.dtype))
     _resize(model, slot)
@@ -179,10 +180,8 @@ def merge(model: Any, slot: Slot) -> None:
         model.get_input_embeddings().weight[rows.ids_K] = rows.input_KD.to(model.dtype)
         if output_name is not None and not _is_tied(model):
             model.get_output_embeddings().weight[rows.ids_K] = rows.output_KD.to(model.dtype)
-    for name, factors in slot.adapters.items():
-        weight_OI = model.get_submodule(name).weight
-        known = weight_OI[: factors.b_OR.shape[0]]  # the output layer may have grown
-        known.copy_(merged_weight(known, factors))
+    for name, adapter in slot.adapters.items():
+        _merge_layer(model.get_submodule(name), adapter, known[name])
     if slot.head is not None:
         if not isinstance(getattr(model, HEAD, None), nn.Linear):
             raise ModelError(
@@ -333,6 +332,15 @@ def _untie(model: Any) -> None:
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _merge_layer(linear: nn.Linear, adapter: LayerAdapter, num_known: int) -> None:
+    known_OI = linear.weight[:num_known]  # the output layer may have grown
+    bias_O = linear.bias[:num_known] if linear.bias is not None else None
+    weight_OI, merged_O = adapter.merged(known_OI, bias_O)
+    known_OI.copy_(weight_OI)
+    if bias_O is not None and merged_O is not None:
+        bias_O.copy_(merged_O)
 
 
 def _resize(model: Any, slot: Slot) -> None:

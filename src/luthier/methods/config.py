@@ -1,10 +1,13 @@
-"""Every method's config behind one discriminated field: `method: {type: ...}`.
-
-A method registers by adding its config here; pydantic discriminates as soon as there are two.
-"""
+"""Every method's config behind one discriminated field: `method: {type: ...}`. A method registers here in one line."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.methods.dora.config import DoraConfig
+from luthier.methods.ia3.config import Ia3Config
 from luthier.methods.lora.config import LoraConfig
 
-MethodConfig = LoraConfig
+MethodConfig = Annotated[LoraConfig | DoraConfig | Ia3Config, Field(discriminator="type")]

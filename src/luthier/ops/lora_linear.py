@@ -27,7 +27,7 @@ class LowRank:
     """One slot's update of one layer, over rows [start, end).
 
     Attributes:
-        a_RI, b_OR: The factors, trainable, usually float32.
+        a_RI, b_OR: The factors, usually float32; those that do not require a gradient get none.
         scale: The factor c.
     """
 
@@ -40,7 +40,10 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class FrozenLinear:
-    """A frozen layer's weight [O, I] and bias [O], with the updates that act on its rows."""
+    """A frozen layer's weight [O, I] and bias [O], with the updates that act on its rows, in order.
+
+    Several updates may act on the same rows, and add up; others must not overlap.
+    """
 
     weight_OI: Tensor
     bias_O: Tensor | None
@@ -53,11 +56,13 @@ def lora_linear_reference(x_TI: Tensor, layers: Sequence[FrozenLinear]) -> tuple
     for layer in layers:
         y_TO = F.linear(x_TI, layer.weight_OI, layer.bias_O)
         parts, done = [], 0
-        for update in layer.updates:
-            x_nI = x_TI[update.start : update.end].to(update.a_RI.dtype)
-            low_nO = F.linear(F.linear(x_nI, update.a_RI), update.b_OR) * update.scale
-            parts += [y_TO[done : update.start], (y_TO[update.start : update.end] + low_nO).to(y_TO.dtype)]
-            done = update.end
+        for (start, end), updates in _by_rows([layer]).items():
+            y_nO = y_TO[start:end]
+            for _, _, update in updates:
+                x_nI = x_TI[start:end].to(update.a_RI.dtype)
+                y_nO = y_nO + F.linear(F.linear(x_nI, update.a_RI), update.b_OR) * update.scale
+            parts += [y_TO[done:start], y_nO.to(y_TO.dtype)]
+            done = end
         outputs.append(torch.cat([*parts, y_TO[done:]]) if parts else y_TO)
     return tuple(outputs)
 
@@ -78,12 +83,15 @@ class _LoraLinear(torch.autograd.Function):
             stacked_SI = _cat([update.a_RI for _, _, update in members])
             low_nS = x_TI[start:end].to(stacked_SI.dtype) @ stacked_SI.t()
             column = 0
+            products: dict[int, list[Product]] = {}
             for index, position, update in members:
                 rank = update.a_RI.shape[0]
                 low_nR = low_nS[:, column : column + rank]
                 column += rank
-                _add_product(outputs[index][start:end], low_nR, update.b_OR.t(), update.scale)
+                products.setdefault(index, []).append((low_nR, update.b_OR.t(), update.scale))
                 lows[index, position] = low_nR
+            for index, parts in products.items():
+                _add_products(outputs[index][start:end], parts)
         ctx.layers = layers
         ctx.order = list(lows)
         ctx.save_for_backward(x_TI, *lows.values())
@@ -100,23 +108,29 @@ class _LoraLinear(torch.autograd.Function):
             for layer, grad_TO in zip(layers, grads_TO, strict=True):
                 part = backward_product(grad_TO, layer.weight_OI)
                 grad_x_TI = part if grad_x_TI is None else grad_x_TI.add_(part)
-        gradients: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        gradients: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
         for members in _by_rows(layers).values():
+            members.sort(key=_is_frozen)  # the trained ones first, so that their part of the products is one slice
             start, end = members[0][2].start, members[0][2].end
             dtype = members[0][2].a_RI.dtype
             grad_lows = []
             for index, position, update in members:
                 grad_nO = grads_TO[index][start:end].to(dtype)
                 grad_lows.append((grad_nO @ update.b_OR).mul_(update.scale))
-                grad_b_OR = (grad_nO.t() @ lows[index, position]).mul_(update.scale)
-                gradients[index, position] = (grad_b_OR, grad_b_OR)
+                grad_b_OR = None
+                if update.b_OR.requires_grad:
+                    grad_b_OR = (grad_nO.t() @ lows[index, position]).mul_(update.scale)
+                gradients[index, position] = (None, grad_b_OR)
             grad_low_nS = _cat(grad_lows, dim=1)
-            grad_a_SI = grad_low_nS.t() @ x_TI[start:end].to(dtype)
+            num_trained = sum(member[2].a_RI.shape[0] for member in members if not _is_frozen(member))
+            grad_a_SI = grad_low_nS[:, :num_trained].t() @ x_TI[start:end].to(dtype)
             if grad_x_TI is not None:
                 stacked_SI = _cat([update.a_RI for _, _, update in members])
-                _add_product(grad_x_TI[start:end], grad_low_nS, stacked_SI, 1.0)
+                _add_products(grad_x_TI[start:end], [(grad_low_nS, stacked_SI, 1.0)])
             row = 0
             for index, position, update in members:
+                if _is_frozen((index, position, update)):
+                    continue
                 rank = update.a_RI.shape[0]
                 gradients[index, position] = (grad_a_SI[row : row + rank], gradients[index, position][1])
                 row += rank
@@ -129,9 +143,20 @@ class _LoraLinear(torch.autograd.Function):
         return (grad_x_TI, None, *flat)
 
 
-def _by_rows(layers: Sequence[FrozenLinear]) -> dict[tuple[int, int], list[tuple[int, int, LowRank]]]:
+Member = tuple[int, int, LowRank]
+"""A layer's index, an update's position within it, and the update."""
+
+Product = tuple[Tensor, Tensor, float]
+"""left, right and scale of scale * left @ right."""
+
+
+def _is_frozen(member: Member) -> bool:
+    return not member[2].a_RI.requires_grad
+
+
+def _by_rows(layers: Sequence[FrozenLinear]) -> dict[tuple[int, int], list[Member]]:
     """Updates over the same rows, across layers, so that their A-products run as one."""
-    groups: dict[tuple[int, int], list[tuple[int, int, LowRank]]] = {}
+    groups: dict[tuple[int, int], list[Member]] = {}
     for index, layer in enumerate(layers):
         for position, update in enumerate(layer.updates):
             groups.setdefault((update.start, update.end), []).append((index, position, update))
@@ -142,9 +167,13 @@ def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """out += scale * left @ right, in place; through the wider dtype where they differ."""
-    if out.dtype == left.dtype:
-        out.addmm_(left, right, alpha=scale)
-    else:
-        out.add_((left @ right).mul_(scale).to(out.dtype))
+def _add_products(out: Tensor, parts: list[Product]) -> None:
+    """out += each product, in place; where the dtypes differ, their sum in the wider one, rounded once."""
+    if out.dtype == parts[0][0].dtype:
+        for left, right, scale in parts:
+            out.addmm_(left, right, alpha=scale)
+        return
+    total, *others = [(left @ right).mul_(scale) for left, right, scale in parts]
+    for other in others:
+        total.add_(other)
+    out.add_(total.to(out.dtype))

@@ -30,6 +30,7 @@ from luthier.evaluate.card import write_card
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.evaluate.report import write_report
 from luthier.files import atomic_folder, write_text
+from luthier.methods.registry import METHODS
 from luthier.recipe import Recipe
 from luthier.worker.budget import JudgingBudget, choose_budget
 from luthier.worker.judge import Judge, examples_of_rows, mean_loss, predictions, score_examples
@@ -202,7 +203,8 @@ class Run:
         assert count > 0, "a slot without anything to train"
         assert not any(p.requires_grad for p in self.base.frozen_parameters()), "the base must stay frozen"
         share = 100.0 * count / self.base.num_parameters
-        parts = [f"{len(slot.adapters)} linear layers, rank {slot.spec.rank}"] if slot.adapters else []
+        size = METHODS[slot.spec.method].describe(slot.spec)
+        parts = [f"{len(slot.adapters)} linear layers" + (f", {size}" if size else "")] if slot.adapters else []
         parts += [f"{name} in full" for name in slot.saved_modules]
         parts += [f"{len(slot.token_rows.ids_K)} tokens"] if slot.token_rows is not None else []
         parts += [f"a head of {slot.spec.num_classes} classes"] if slot.head is not None else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from luthier.types import AdapterSpec
 class LoraConfig(Strict):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): y = W x + (alpha / r) B A x."""
 
+    runs: ClassVar[Literal["bank", "exclusive"]] = "bank"
+
     type: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)
     """Rank r of the update."""
@@ -22,12 +24,21 @@ class LoraConfig(Strict):
     """Share of input features dropped on the low-rank branch while training."""
     rank_stabilized: bool = False
     """rsLoRA: scale by alpha / sqrt(rank), which keeps learning stable at high ranks (arXiv:2312.03732)."""
+    init: Literal["default", "pissa", "olora"] = "default"
+    """Start from the base's principal part (pissa, arXiv:2404.02948) or a part of its QR (olora, arXiv:2406.01775)."""
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
+    """LoRA+: B's learning rate as a multiple of A's; its paper advises 16 (arXiv:2402.12354)."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linear layers to adapt, by the end of their names, as in [q_proj, v_proj]; or all but the output layer."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained in full besides, by the end of their names, as in [lm_head]."""
     new_tokens: list[str] = Field(default_factory=list)
     """Tokens added to the vocabulary (or found in it), whose embeddings are trained."""
+
+    @property
+    def quantization(self) -> Literal["nf4"] | None:
+        """How the base is held."""
+        return None
 
     def adapter_spec(self) -> AdapterSpec:
         """The plain values for the engine; new tokens' ids and classes are filled in once the tokenizer is known."""
@@ -37,6 +48,8 @@ class LoraConfig(Strict):
             alpha=self.alpha,
             dropout=self.dropout,
             rank_stabilized=self.rank_stabilized,
+            init=self.init,
+            lora_plus_ratio=self.lora_plus_ratio,
             targets=self.targets if isinstance(self.targets, str) else tuple(self.targets),
             modules_to_save=tuple(self.modules_to_save),
         )

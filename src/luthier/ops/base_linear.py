@@ -1,0 +1,67 @@
+"""A frozen linear layer of the base as the methods see it: it multiplies, and tells how long its rows are.
+
+Shapes: n rows of a forward, I inputs, O outputs.
+
+Methods ask for products rather than for the weight, so that they hold over a base whose weights are quantized.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BaseLinear:
+    """y = W x + b of the module that it is made of, differentiable in x.
+
+    Attributes:
+        num_inputs, num_outputs: I and O.
+    """
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+        self.num_inputs, self.num_outputs = module.in_features, module.out_features
+        self._square_norms_O: Tensor | None = None
+
+    def __call__(self, x_nI: Tensor) -> Tensor:
+        """W x + b, [n, O]."""
+        return self.module(x_nI)
+
+    def product(self, x_nI: Tensor) -> Tensor:
+        """W x, [n, O]."""
+        return F.linear(x_nI, self.module.weight)
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        return self.module.bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its inputs and outputs."""
+        return self.module.weight.dtype
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of what is trained on it: float32 at least, whatever the base is held in."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device
+
+    @property
+    def has_plain_weight(self) -> bool:
+        """Whether the weight is there in numbers that a decomposition can be made of."""
+        return self.module.weight.is_floating_point()
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.module.weight.detach()
+
+    def square_norms_O(self) -> Tensor:
+        """|W_o|^2 of every row o, in float32 at least; computed once, for the base never changes."""
+        if self._square_norms_O is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._square_norms_O = torch.linalg.vector_norm(self.weight_OI, dim=1, dtype=self.wide_dtype).square()
+        return self._square_norms_O
