@@ -24,6 +24,7 @@ from luthier.engine.slot import Slot
 from luthier.errors import ModelError
 from luthier.methods.method import LayerAdapter
 from luthier.methods.registry import METHODS
+from luthier.types import AdapterSpec
 
 
 @dataclass(slots=True)
@@ -43,12 +44,13 @@ class _Contents:
     token_ids: tuple[int, ...] = ()
 
 
-def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None) -> Slot:
+def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None, *, lora_plus_ratio: float = 1.0) -> Slot:
     """Admit an existing adapter as a slot.
 
     Args:
         folder: The adapter's, or a run's or checkpoint's that holds one.
         dropout: For training on; None keeps the adapter's own.
+        lora_plus_ratio: For training on; files do not hold it.
 
     Raises:
         ModelError: for an adapter of another kind or for another base, or damaged files.
@@ -58,12 +60,13 @@ def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None) ->
     spec = replace(
         files.spec(),
         dropout=files.own.dropout if dropout is None else dropout,
+        lora_plus_ratio=lora_plus_ratio,
         modules_to_save=tuple(contents.saved),
         new_tokens=contents.token_ids,
     )
     slot = base.bank.add(replace(spec, targets=(), feedforward=None), seed=0)
     try:
-        base.bank.adapt(slot, _adapters(base.bank, files, contents, spec.dropout))
+        base.bank.adapt(slot, _adapters(base.bank, files, contents, spec))
         for name, tensors in contents.saved.items():
             _fill(slot.saved_modules[name], tensors, name, base.bank, files)
         rows = slot.token_rows
@@ -77,12 +80,12 @@ def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None) ->
     return slot
 
 
-def _adapters(bank: Bank, files: AdapterFiles, contents: _Contents, dropout: float) -> dict[str, LayerAdapter]:
+def _adapters(bank: Bank, files: AdapterFiles, contents: _Contents, own: AdapterSpec) -> dict[str, LayerAdapter]:
     method = METHODS[files.method]
     adapters = {}
     for name, tensors in contents.adapted.items():
         try:
-            spec = replace(files.layer_spec(name), dropout=dropout)
+            spec = replace(files.layer_spec(name), dropout=own.dropout, lora_plus_ratio=own.lora_plus_ratio)
             adapters[name] = method.adopt(spec, name, bank.layer(name), tensors)
         except ValueError as error:
             raise _misfit(files, str(error), "this base's layers") from None

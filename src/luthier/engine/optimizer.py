@@ -69,6 +69,8 @@ class JobOptimizer:
             for group in self._adamw.param_groups:
                 group["lr"] = rate * group["rate_ratio"]
             self._adamw.step()
+            # Fused steps write past autograd's count of writes, by which what is derived of a parameter is told stale.
+            torch.autograd.graph.increment_version(list(self.parameters.values()))
             self.num_steps += 1
         self.zero_grad()
         return value, rate

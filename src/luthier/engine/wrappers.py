@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -317,6 +317,6 @@ def _stack(parts: list[Tensor]) -> Tensor:
     return torch.cat([F.pad(p, (0, width - p.shape[-1]), value=low) if p.shape[-1] < width else p for p in parts])
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it computes W x + b and nothing else: a router that inherits from nn.Linear may give several results."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward

@@ -32,6 +32,7 @@ from luthier.evaluate.report import write_report
 from luthier.files import atomic_folder, write_text
 from luthier.methods.registry import METHODS
 from luthier.recipe import Recipe
+from luthier.types import AdapterSpec
 from luthier.worker.budget import JudgingBudget, choose_budget
 from luthier.worker.judge import Judge, examples_of_rows, mean_loss, predictions, score_examples
 from luthier.worker.loading import adapter_spec, prepare_data, public_name
@@ -142,10 +143,10 @@ class Run:
             ModelError: when the checkpoint belongs to another base.
         """
         self.base = base
-        slot = self._make_slot(base)
+        checkpoint = latest_checkpoint(self.folder.checkpoints) if self.resumed else None
+        slot = self._make_slot(base, fresh=checkpoint is None)
         check_writable(slot, base)
         self.job = TrainingJob(self.name, slot, self.data.train, self.recipe.train.spec())
-        checkpoint = latest_checkpoint(self.folder.checkpoints) if self.resumed else None
         if checkpoint is not None:
             extra = load_checkpoint(checkpoint, self.job, base)
             self._check_base(extra)
@@ -161,18 +162,31 @@ class Run:
         self._assert_trainable(slot)
         return self.job
 
-    def _make_slot(self, base: Base) -> Slot:
+    def _make_slot(self, base: Base, *, fresh: bool) -> Slot:
+        """The job's slot; with `fresh` false its values are loaded next, so that no start is computed."""
         labels = self.data.task.labels
         spec = adapter_spec(self.recipe, self.renderer, len(labels) or None)
         if self.recipe.start_from is None:
-            return base.bank.add(spec, self.recipe.train.seed)
+            return base.bank.add(spec, self.recipe.train.seed, fresh=fresh)
         start = Path(self.recipe.start_from)
-        slot = slot_from_adapter(base, start / "adapter" if (start / "adapter").exists() else start, spec.dropout)
-        if (slot.spec.rank, slot.spec.num_classes) != (spec.rank, spec.num_classes):
+        if spec.init != "default":
             raise RecipeError(
-                f"start_from: {start} has rank {slot.spec.rank} and {slot.spec.num_classes or 'no'} classes",
-                f"rank {spec.rank} and {spec.num_classes or 'no'} classes, as the recipe says",
-                "set method.rank (and the task) to what the adapter has",
+                f"method.init is {spec.init}, and start_from names an adapter, which has its values already",
+                "one of the two",
+                "set method.init: default, or leave start_from out",
+            )
+        slot = slot_from_adapter(
+            base,
+            start / "adapter" if (start / "adapter").exists() else start,
+            spec.dropout,
+            lora_plus_ratio=spec.lora_plus_ratio,
+        )
+        found, asked = _fit(slot.spec), _fit(spec)
+        if found != asked:
+            raise RecipeError(
+                f"start_from: {start} is {found}",
+                f"{asked}, as the recipe says",
+                "set method (and the task) to what the adapter has",
             )
         return slot
 
@@ -433,3 +447,10 @@ def _json_lines(lines: list[dict[str, Any]]) -> str:
     import json
 
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _fit(spec: AdapterSpec) -> str:
+    """What an adapter must have in common with the recipe that goes on from it."""
+    size = f"{spec.method} of rank {spec.rank}" if spec.method != "ia3" else spec.method
+    scale = ", rank-stabilized" if spec.rank_stabilized else ""
+    return f"{size}{scale}, with {spec.num_classes or 'no'} classes"

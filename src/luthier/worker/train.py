@@ -12,8 +12,10 @@ from types import FrameType
 import torch
 
 from luthier.base.load import Base
+from luthier.base.outline import outline
 from luthier.engine.engine import DEFAULT_BUDGET_TOKENS, Engine
 from luthier.engine.memory import MemoryPlan, fit_micro_batches, plan_memory
+from luthier.engine.targets import check_layers
 from luthier.errors import MemoryShortError, RecipeError
 from luthier.recipe import Recipe
 from luthier.worker.loading import Placement, load_placed, placement_of
@@ -37,6 +39,7 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
     """
     progress = progress or SilentProgress()
     placement = _common_placement(recipes, progress)
+    _check_methods(recipes, placement)
     runs = [Run.begin(recipe, placement.folder, progress, resume=resume) for recipe in recipes]
     progress.stage("Loading the base")
     base = load_placed(placement, max((r.compute.threads or 0 for r in recipes), default=0) or None)
@@ -114,6 +117,18 @@ def _common_placement(recipes: Sequence[Recipe], progress: Progress) -> Placemen
                 "train it by itself, in a `luthier train` of its own",
             )
     return placements[0]
+
+
+def _check_methods(recipes: Sequence[Recipe], placement: Placement) -> None:
+    """Hold each method against the base's layers before its weights are loaded and its data read.
+
+    Raises:
+        RecipeError: for a target that the base has not, or a rank above a layer's.
+    """
+    shape = outline(placement.folder)
+    for recipe in recipes:
+        if recipe.start_from is None:  # an existing adapter brings its own layers
+            check_layers(recipe.method.adapter_spec(), shape.layers, shape.output_name)
 
 
 def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> None:

@@ -75,7 +75,7 @@ class DoraFactors:
     def norm(self, base: BaseLinear) -> Tensor:
         """|W + c B A| of every row, [O], detached; computed again only when A or B have changed."""
         a_RI, b_OR = self.low.a_RI, self.low.b_OR
-        # A tensor counts the writes into it, so that no step, load or edit is missed.
+        # A tensor counts the writes into it, so that no step (`JobOptimizer` sees to it), load or edit is missed.
         seen = id(a_RI), a_RI._version, id(b_OR), b_OR._version
         if self._norm is None or self._norm.seen != seen:
             self._norm = _Norm(seen, weight_norm(base, self.low))

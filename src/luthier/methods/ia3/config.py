@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.strict import Strict
 from luthier.types import AdapterSpec
@@ -23,6 +23,15 @@ class Ia3Config(Strict):
     """Those of the targets whose input is scaled, not their output; null takes the down projections among them."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained in full besides, by the end of their names, as in [lm_head]."""
+
+    @model_validator(mode="after")
+    def _feedforward_is_targeted(self) -> Ia3Config:
+        if self.feedforward is not None:
+            if self.targets == "default":
+                raise ValueError("feedforward names some of targets, so targets must be named too")
+            if stray := [name for name in self.feedforward if name not in self.targets]:
+                raise ValueError(f"feedforward names {stray[0]!r}, which is not among targets {list(self.targets)}")
+        return self
 
     @property
     def quantization(self) -> Literal["nf4"] | None:
