@@ -50,7 +50,7 @@ def page() -> str:
     parts = [HEAD, _section("Top level", Recipe)]
     parts += [_section("`data`", DataConfig)]
     parts += [_section(f"`task: {_type_of(task)}`", task) for task in choices(TaskConfig)]
-    parts += [_section(f"`method: {_type_of(method)}`", method) for method in choices(MethodConfig)]
+    parts += [_method_section(method) for method in choices(MethodConfig)]
     parts += [_section("`train`", TrainConfig), _section("`evaluation`", EvaluationConfig)]
     parts += [_section("`compute`", ComputeConfig)]
     return "\n".join(parts)
@@ -81,6 +81,14 @@ def _section(title: str, model: type[BaseModel]) -> str:
         cells = [f"`{name}`", _value(field), _default(field), " ".join(meaning.split())]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _method_section(method: type[BaseModel]) -> str:
+    """A method's fields, and a link to its own page where there is one."""
+    name = _type_of(method)
+    section = _section(f"`method: {name}`", method)
+    has_page = (PAGE.parents[1] / "methods" / f"{name}.md").exists()
+    return section + (f"\n[Equation, cost and when to choose it](../methods/{name}.md)\n" if has_page else "")
 
 
 def _type_of(model: type[BaseModel]) -> str:

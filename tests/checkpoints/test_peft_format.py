@@ -36,6 +36,14 @@ SPECS = {
     "classes": AdapterSpec(rank=2, num_classes=3),
     "classes and a norm": AdapterSpec(rank=2, num_classes=3, modules_to_save=("norm",)),
     "classes and tokens": AdapterSpec(rank=2, num_classes=4, new_tokens=(9, 12)),
+    "dora": AdapterSpec(method="dora", rank=3, alpha=7.5, rank_stabilized=True, dropout=0.1),
+    "dora on the output layer": AdapterSpec(method="dora", rank=2, targets=("o_proj", "lm_head")),
+    "dora and new tokens": AdapterSpec(method="dora", rank=2, new_tokens=(321, 9, 320)),
+    "dora and classes": AdapterSpec(method="dora", rank=2, num_classes=3, modules_to_save=("norm",)),
+    "ia3": AdapterSpec(method="ia3", targets="default"),
+    "ia3 on the output layer": AdapterSpec(method="ia3", targets=("o_proj", "lm_head")),
+    "ia3 on inputs of one layer": AdapterSpec(method="ia3", targets=("o_proj", "down_proj"), feedforward=("o_proj",)),
+    "ia3 and classes": AdapterSpec(method="ia3", targets="default", num_classes=3, modules_to_save=("norm",)),
 }
 
 
@@ -132,6 +140,7 @@ def test_labels_must_be_as_many_as_classes(llama: Base, tmp_path: Path) -> None:
         (AdapterSpec(targets=("lm_head",), new_tokens=(3,)), "rows of lm_head, which is adapted"),
         (AdapterSpec(targets=("q_proj",), modules_to_save=("layers.0.self_attn.q_proj",)), "q_proj is adapted, and"),
         (AdapterSpec(targets=("lm_head",), num_classes=2), "no output layer"),
+        (AdapterSpec(method="ia3", targets="default", new_tokens=(3,)), "PEFT's files of ia3 have no place for"),
     ],
 )
 def test_what_peft_could_not_load_is_refused(llama: Base, spec: AdapterSpec, message: str) -> None:
@@ -152,8 +161,8 @@ def test_a_base_without_a_classifier_is_refused() -> None:
 
 
 def made_by_peft(folder: Path, base_folder: Path, *, num_tokens: int | None = None, **options: Any) -> Path:
-    """A peft adapter with random values."""
-    from peft import LoraConfig, get_peft_model
+    """A peft adapter with random values; (IA)^3 where `options` has its feed-forward modules, else LoRA."""
+    from peft import IA3Config, LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     classifies = options.get("task_type") == "SEQ_CLS"
@@ -161,8 +170,13 @@ def made_by_peft(folder: Path, base_folder: Path, *, num_tokens: int | None = No
     model = loader.from_pretrained(base_folder, dtype="float64", **({"num_labels": 3} if classifies else {}))
     if num_tokens is not None:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model, LoraConfig(**(fields | options)))
+    config: Any
+    if "feedforward_modules" in options:
+        config = IA3Config(**({"task_type": "CAUSAL_LM"} | options))
+    else:
+        fields = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "task_type": "CAUSAL_LM"}
+        config = LoraConfig(**(fields | options))
+    model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -190,6 +204,11 @@ def made_by_peft(folder: Path, base_folder: Path, *, num_tokens: int | None = No
         (322, {}),
         (322, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         (322, {"modules_to_save": ["embed_tokens"]}),
+        (None, {"use_dora": True, "use_rslora": True, "rank_pattern": {"layers.1.self_attn.o_proj": 2}}),
+        (None, {"use_dora": True, "task_type": "SEQ_CLS"}),
+        (None, {"target_modules": ["o_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        (None, {"target_modules": r".*\.(o|down)_proj", "feedforward_modules": r".*\.down_proj"}),
+        (None, {"target_modules": ["o_proj"], "feedforward_modules": [], "modules_to_save": ["norm"]}),
     ],
 )
 def test_an_adapter_of_pefts_gives_pefts_logits(

@@ -47,14 +47,24 @@ def make_examples() -> Callable[..., list[Example]]:
     return make
 
 
+KINDS = {
+    0: AdapterSpec(rank=4, alpha=8.0),
+    1: AdapterSpec(rank=2, alpha=16.0, rank_stabilized=True, targets=("o_proj",)),
+    2: AdapterSpec(rank=8, alpha=8.0, dropout=0.2),
+    3: AdapterSpec(rank=3, alpha=6.0, targets=("o_proj", "down_proj"), num_classes=5),
+    4: AdapterSpec(method="dora", rank=4, alpha=8.0),
+    5: AdapterSpec(method="dora", rank=2, alpha=4.0, rank_stabilized=True, dropout=0.2, lora_plus_ratio=4.0),
+    6: AdapterSpec(method="ia3", targets="default"),
+    7: AdapterSpec(rank=3, alpha=6.0, init="pissa", lora_plus_ratio=2.0),
+}
+"""Quite different slots: every method, with and without dropout, on all layers and on some, with a head."""
+
+UNDROPPED = [kind for kind, spec in KINDS.items() if spec.dropout == 0]
+"""Together they take the fused path."""
+
+
 def spec_of(kind: int) -> AdapterSpec:
-    """Four quite different slots."""
-    return [
-        AdapterSpec(rank=4, alpha=8.0),
-        AdapterSpec(rank=2, alpha=16.0, rank_stabilized=True, targets=("o_proj",)),
-        AdapterSpec(rank=8, alpha=8.0, dropout=0.2),
-        AdapterSpec(rank=3, alpha=6.0, targets=("o_proj", "down_proj"), num_classes=5),
-    ][kind]
+    return KINDS[kind]
 
 
 def train_of(kind: int) -> TrainSpec:
@@ -63,6 +73,10 @@ def train_of(kind: int) -> TrainSpec:
         TrainSpec(epochs=1, batch_size=1, learning_rate=1e-2, schedule="linear", seed=2, max_grad_norm=0.0),
         TrainSpec(epochs=2, batch_size=3, learning_rate=3e-3, micro_batch_tokens=64, seed=3),
         TrainSpec(epochs=2, batch_size=5, learning_rate=1e-2, schedule="constant", seed=4, warmup_steps=2),
+        TrainSpec(epochs=2, batch_size=4, learning_rate=5e-3, weight_decay=0.1, micro_batch_tokens=64, seed=5),
+        TrainSpec(epochs=1, batch_size=3, learning_rate=3e-3, seed=6),
+        TrainSpec(epochs=2, batch_size=4, learning_rate=2e-2, weight_decay=0.1, seed=7),
+        TrainSpec(epochs=1, batch_size=4, learning_rate=3e-3, seed=8),
     ][kind]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.conftest import adapter_of, add_job, run_all
+from engine.conftest import KINDS, UNDROPPED, adapter_of, add_job, run_all
 from luthier.base.load import Base, load_base
 from luthier.engine.engine import Engine
 from luthier.engine.job import TrainingJob
@@ -33,14 +33,14 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
         )
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_job_alone_equals_the_same_job_among_others(folder: Path, kind: int, make_examples: MakeExamples) -> None:
     alone = Engine(load_base(folder, dtype="float64"))
     lonely = add_job(alone, kind, make_examples)
     lonely_curve = run_all(alone)[lonely.name]
 
     together = Engine(load_base(folder, dtype="float64"))
-    jobs = [add_job(together, other, make_examples) for other in range(4)]
+    jobs = [add_job(together, other, make_examples) for other in KINDS]
     curve = run_all(together)[lonely.name]
 
     assert len(curve) == lonely.total_steps
@@ -49,20 +49,33 @@ def test_a_job_alone_equals_the_same_job_among_others(folder: Path, kind: int, m
     assert_close(adapter_of(jobs[kind]), adapter_of(lonely), 1e-8)
 
 
+@pytest.mark.parametrize("kind", UNDROPPED)
+def test_company_on_the_fused_path_changes_nothing(folder: Path, kind: int, make_examples: MakeExamples) -> None:
+    """The same without a neighbour that drops, so that all layers of one input and all slots run as one node."""
+    adapters = []
+    for company in ([kind], UNDROPPED):
+        engine = Engine(load_base(folder, dtype="float64"))
+        jobs = {other: add_job(engine, other, make_examples, num=7) for other in company}
+        run_all(engine)
+        adapters.append(adapter_of(jobs[kind]))
+    assert_close(*adapters, tolerance=1e-8)
+
+
 def test_company_in_float32_stays_within_tolerance(folder: Path, make_examples: MakeExamples) -> None:
     alone = Engine(load_base(folder))
     lonely = add_job(alone, 0, make_examples)
     lonely_curve = run_all(alone)[lonely.name]
     together = Engine(load_base(folder))
-    for other in range(4):
+    for other in KINDS:
         add_job(together, other, make_examples)
     curve = run_all(together)[lonely.name]
     np.testing.assert_allclose([r.loss for r in curve], [r.loss for r in lonely_curve], rtol=1e-4)
 
 
-def test_stepping_one_job_leaves_the_others_bytes_alone(base: Base, make_examples: MakeExamples) -> None:
+@pytest.mark.parametrize("kind", [0, 4, 6])
+def test_stepping_one_job_leaves_the_others_bytes_alone(base: Base, kind: int, make_examples: MakeExamples) -> None:
     engine = Engine(base)
-    jobs = [add_job(engine, kind, make_examples) for kind in range(2)]
+    jobs = [add_job(engine, other, make_examples) for other in (kind, 1)]
     for _ in range(3):
         engine.step()
     idle = engine.remove(jobs[0].name)  # its weight decay is on
@@ -77,7 +90,7 @@ def test_stepping_one_job_leaves_the_others_bytes_alone(base: Base, make_example
 def test_the_base_never_changes(base: Base, make_examples: MakeExamples) -> None:
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     engine = Engine(base)
-    for kind in range(4):
+    for kind in KINDS:
         add_job(engine, kind, make_examples, num=5)
     run_all(engine)
     after = {name.replace(".base.", "."): p for name, p in base.model.named_parameters()}
@@ -86,13 +99,14 @@ def test_the_base_never_changes(base: Base, make_examples: MakeExamples) -> None
     assert not any(p.requires_grad for p in base.model.parameters())
 
 
-def test_a_job_may_leave_and_come_back(folder: Path, make_examples: MakeExamples) -> None:
+@pytest.mark.parametrize("kind", [0, 4, 6])
+def test_a_job_may_leave_and_come_back(folder: Path, kind: int, make_examples: MakeExamples) -> None:
     whole = Engine(load_base(folder, dtype="float64"))
-    steady = add_job(whole, 0, make_examples)
+    steady = add_job(whole, kind, make_examples)
     run_all(whole)
 
     engine = Engine(load_base(folder, dtype="float64"))
-    job = add_job(engine, 0, make_examples)
+    job = add_job(engine, kind, make_examples)
     add_job(engine, 1, make_examples)
     while job.step < 3:
         engine.step()
@@ -105,14 +119,15 @@ def test_a_job_may_leave_and_come_back(folder: Path, make_examples: MakeExamples
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [16, 50, 4096])
+@pytest.mark.parametrize("kind", [0, 4, 6])
 def test_splitting_an_optimizer_batch_changes_nothing(
-    folder: Path, make_examples: MakeExamples, micro_batch_tokens: int
+    folder: Path, make_examples: MakeExamples, kind: int, micro_batch_tokens: int
 ) -> None:
     """Accumulated micro-batches give the gradient of the whole batch, though they differ in supervised tokens."""
     adapters = []
     for tokens in (100_000, micro_batch_tokens):
         engine = Engine(load_base(folder, dtype="float64"))
-        slot = engine.base.bank.add(AdapterSpec(rank=4), seed=5)
+        slot = engine.base.bank.add(KINDS[kind], seed=5)
         job = TrainingJob(
             "a", slot, make_examples(10, 9), TrainSpec(batch_size=5, learning_rate=1e-2, micro_batch_tokens=tokens)
         )
@@ -141,9 +156,10 @@ def test_a_neighbours_token_count_does_not_scale_the_gradient(base: Base, make_e
     assert any(g.abs().max() > 0 for g in gradient([]).values())
 
 
-def test_packed_neighbours_do_not_see_each_other(base: Base, make_examples: MakeExamples) -> None:
+@pytest.mark.parametrize("kind", [0, 4, 6])
+def test_packed_neighbours_do_not_see_each_other(base: Base, kind: int, make_examples: MakeExamples) -> None:
     examples = make_examples(6, 3)
-    slot = base.bank.add(AdapterSpec(rank=4), 0)
+    slot = base.bank.add(KINDS[kind], 0)
     _shake(slot)
 
     def hidden(chosen: list[Example]) -> Tensor:
@@ -175,11 +191,14 @@ def test_long_neighbours_do_not_change_the_rotary_factors_of_short_ones(
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
-def test_the_fused_node_equals_the_plain_reference(folder: Path, make_examples: MakeExamples) -> None:
+@pytest.mark.parametrize("kinds", [tuple(KINDS), tuple(UNDROPPED)], ids=["all", "undropped"])
+def test_the_fused_node_equals_the_plain_reference(
+    folder: Path, kinds: tuple[int, ...], make_examples: MakeExamples
+) -> None:
     curves, adapters = [], []
     for use_reference in (False, True):
         engine = Engine(load_base(folder, dtype="float64", use_reference=use_reference))
-        jobs = [add_job(engine, kind, make_examples) for kind in range(4)]
+        jobs = [add_job(engine, kind, make_examples, num=7) for kind in kinds]
         curves.append({name: [r.loss for r in curve] for name, curve in run_all(engine).items()})
         adapters.append([adapter_of(job) for job in jobs])
     for name in curves[0]:
@@ -195,7 +214,7 @@ def test_recomputing_activations_changes_nothing(folder: Path, make_examples: Ma
         base = load_base(folder, dtype="float64")
         base.set_checkpointing(checkpointing)
         engine = Engine(base)
-        for kind in (0, 2):
+        for kind in (0, 2, 4, 5, 6):
             add_job(engine, kind, make_examples)
         curves.append({name: [r.loss for r in curve] for name, curve in run_all(engine).items()})
     assert curves[0].keys() == curves[1].keys()
@@ -209,7 +228,7 @@ def test_a_padded_base_equals_a_packed_one(folder: Path, make_examples: MakeExam
         base = load_base(folder, dtype="float64")
         base.is_packed = packed
         engine = Engine(base)
-        for kind in range(4):
+        for kind in KINDS:
             add_job(engine, kind, make_examples)
         curves.append({name: [r.loss for r in curve] for name, curve in run_all(engine).items()})
     for name in curves[0]:

@@ -30,6 +30,9 @@ SPECS = {
     "known tokens": AdapterSpec(rank=2, new_tokens=(7, 5)),
     "new tokens": AdapterSpec(rank=2, new_tokens=(320, 9, 321)),
     "new tokens with a gap": AdapterSpec(rank=2, new_tokens=(324,)),
+    "pissa": AdapterSpec(rank=2, init="pissa", targets=("o_proj",)),
+    "dora on the output layer": AdapterSpec(method="dora", rank=2, targets=("o_proj", "lm_head")),
+    "ia3 on the output layer": AdapterSpec(method="ia3", targets=("lm_head", "down_proj")),
 }
 
 

@@ -204,3 +204,37 @@ def test_rows_without_an_update_keep_the_bases_bytes() -> None:
     rows[3:6] = rows[11] = False
     assert torch.equal(mixed[rows], plain[rows])
     assert not torch.equal(mixed[~rows], plain[~rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_frozen_factors_beside_trained_ones(dtype: torch.dtype) -> None:
+    """A start that is taken out of the base again: two updates over the same rows, of which one gets no gradient."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x_TI, layers = build(Case(17, 8, ((6, True, [(0, 9, 3), (9, 17, 2)]), (4, False, [(0, 9, 2)]))), dtype, wide)
+    layers = [
+        replace(
+            layer,
+            updates=tuple(
+                part
+                for u in layer.updates
+                for part in (
+                    replace(u, a_RI=2 * u.a_RI.detach(), b_OR=2 * u.b_OR.detach(), scale=-u.scale / 3),
+                    u,
+                )
+            ),
+        )
+        for layer in layers
+    ]
+    x_TI.requires_grad_()
+    wanted = [f for layer in layers for u in layer.updates for f in (u.a_RI, u.b_OR) if f.requires_grad]
+    assert len(wanted) == 6
+    results = []
+    for function in (lora_linear, lora_linear_reference):
+        outputs = function(x_TI, layers)
+        gradients = torch.autograd.grad(sum(out.square().sum() for out in outputs), [x_TI, *wanted])
+        results.append([*outputs, *gradients])
+    if dtype == torch.float64:
+        assert_equal(*results)
+    else:
+        for ours, plain in zip(*results, strict=True):
+            assert float((ours.double() - plain.double()).norm()) <= 0.03 * float(plain.double().norm())
