@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from slots import slot_logits
 from torch import Tensor
 
 from engine.conftest import KINDS, UNDROPPED, adapter_of, add_job, run_all
@@ -19,6 +20,7 @@ from luthier.base.load import Base, load_base
 from luthier.engine.engine import Engine
 from luthier.engine.job import TrainingJob
 from luthier.engine.pack import PackItem, pack
+from luthier.engine.slot import Slot
 from luthier.engine.step import train_step
 from luthier.types import AdapterSpec, Example, TrainSpec
 
@@ -154,6 +156,25 @@ def test_a_neighbours_token_count_does_not_scale_the_gradient(base: Base, make_e
 
     assert_close(gradient([]), gradient(many))
     assert any(g.abs().max() > 0 for g in gradient([]).values())
+
+
+@pytest.mark.parametrize("kind", [0, 4, 6, 7])
+def test_a_snapshot_keeps_saying_what_it_said(base: Base, kind: int, make_examples: MakeExamples) -> None:
+    engine = Engine(base)
+    job = add_job(engine, kind, make_examples)
+    engine.step()
+    [sequence] = make_examples(1, 9, longest=20)
+
+    def logits(slot: Slot) -> Tensor:
+        return slot_logits(base, slot, [sequence.tokens])[0]
+
+    snapshot = base.bank.snapshot(job.slot)
+    before = logits(snapshot)
+    assert torch.equal(before, logits(job.slot))
+    run_all(engine)
+    assert torch.equal(before, logits(snapshot))
+    assert not torch.equal(before, logits(job.slot))
+    assert not any(parameter.requires_grad for parameter in snapshot.parameters().values())
 
 
 @pytest.mark.parametrize("kind", [0, 4, 6])

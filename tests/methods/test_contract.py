@@ -53,6 +53,7 @@ class Row:
         num_trainable: The formula, of the base's layers.
         loss_falls_by: Nats, over `NUM_STEPS` steps at `learning_rate` on all rows.
         foreign: A field of another method, which is refused.
+        goes_on_as: The method that goes on from its result with `start_from`; None for the same.
         can_merge: Whether `export --merged` takes it.
         own_logits: What Luthier computes of the run's result.
         load_logits: What peft or transformers alone compute of its files.
@@ -63,6 +64,7 @@ class Row:
     loss_falls_by: float
     foreign: str
     learning_rate: float = 1e-2
+    goes_on_as: dict[str, Any] | None = None
     can_merge: bool = True
     own_logits: Callable[[Path, Path, list[Tokens]], list[Tensor]] = field(default=bank_logits)
     load_logits: Callable[[Path, Path, list[Tokens]], list[Tensor]] = field(default=peft_logits)
@@ -93,6 +95,7 @@ def two_layers(layers: Layers) -> int:
 
 
 LORA = {"type": "lora", "rank": 4, "alpha": 8}
+TWICE = {"type": "lora", "rank": 8, "alpha": 16}
 DORA = {"type": "dora", "rank": 4, "alpha": 8}
 
 ROWS = {
@@ -103,8 +106,8 @@ ROWS = {
     ),
     "rslora": Row({**LORA, "rank_stabilized": True}, lambda layers: factors(layers, 4), 1.0, "feedforward"),
     "lora+": Row({**LORA, "lora_plus_ratio": 4.0}, lambda layers: factors(layers, 4), 1.0, "feedforward", 3e-3),
-    "pissa": Row({**LORA, "init": "pissa"}, lambda layers: factors(layers, 4), 1.0, "feedforward"),
-    "olora": Row({**LORA, "init": "olora"}, lambda layers: factors(layers, 4), 1.0, "feedforward"),
+    "pissa": Row({**LORA, "init": "pissa"}, lambda layers: factors(layers, 4), 1.0, "feedforward", goes_on_as=TWICE),
+    "olora": Row({**LORA, "init": "olora"}, lambda layers: factors(layers, 4), 1.0, "feedforward", goes_on_as=TWICE),
     "dora": Row(DORA, lambda layers: factors(layers, 4) + outputs(layers), 1.0, "init"),
     "dora, rslora, lora+, dropout": Row(
         {**DORA, "rank_stabilized": True, "lora_plus_ratio": 4.0, "dropout": 0.1},
@@ -229,6 +232,18 @@ def test_it_resumes_to_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
     assert again.losses == trained.losses
     for path in trained.adapter.glob("*.safetensors"):
         assert (again.adapter / path.name).read_bytes() == path.read_bytes()
+
+
+def test_it_is_gone_on_from(trained: Trained, tmp_path: Path) -> None:
+    recipe = recipe_for(trained.row, trained.base, tmp_path / "more") | {"start_from": str(trained.run)}
+    recipe["method"] = trained.row.goes_on_as or trained.row.method
+    recipe["train"] |= {"max_steps": 1}
+    luthier.train(recipe)
+    [loss] = Trained(trained.row, trained.base, tmp_path / "more").losses
+    assert loss <= trained.losses[0] - trained.row.loss_falls_by
+    other = {"type": "ia3"} if trained.row.method["type"] != "ia3" else {"type": "lora"}
+    with pytest.raises(RecipeError, match=r"start_from: .* is "):
+        luthier.train(recipe | {"method": other, "output": str(tmp_path / "other")})
 
 
 @pytest.mark.parametrize("name", ROWS)

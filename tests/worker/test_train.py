@@ -210,6 +210,13 @@ def test_an_adapter_is_continued_from(tiny_llama: Path, tmp_path: Path) -> None:
     assert steps_of(second.folder)[0]["loss"] < steps_of(first.folder)[0]["loss"]
 
 
+def test_an_adapter_to_go_on_from_leaves_no_room_for_another_start(tiny_llama: Path, tmp_path: Path) -> None:
+    first = luthier.train(recipe_for(tiny_llama, tmp_path, "first", train={"max_steps": 1}))
+    second = recipe_for(tiny_llama, tmp_path, "second", method={"init": "pissa"}, start_from=str(first.folder))
+    with pytest.raises(RecipeError, match=r"method\.init is pissa, and start_from names an adapter"):
+        luthier.train(second)
+
+
 def test_new_tokens_and_modules_in_full_are_trained_and_saved(tiny_llama_tied: Path, tmp_path: Path) -> None:
     method = {"new_tokens": ["<lamp>"], "modules_to_save": ["model.norm"]}
     result = luthier.train(recipe_for(tiny_llama_tied, tmp_path, method=method))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +451,5 @@ def _json_lines(lines: list[dict[str, Any]]) -> str:
 
 def _fit(spec: AdapterSpec) -> str:
     """What an adapter must have in common with the recipe that goes on from it."""
-    size = f"{spec.method} of rank {spec.rank}" if spec.method != "ia3" else spec.method
-    scale = ", rank-stabilized" if spec.rank_stabilized else ""
-    return f"{size}{scale}, with {spec.num_classes or 'no'} classes"
+    size = METHODS[spec.method].describe(replace(spec, lora_plus_ratio=1.0))  # how it learns may change
+    return ", ".join(part for part in (spec.method, size, f"{spec.num_classes or 'no'} classes") if part)
