@@ -33,6 +33,7 @@ def held_bytes(base: Base, slot: Slot, lengths: list[int]) -> int:
     """Bytes of every tensor that a training forward's graph keeps, the weights apart; each storage counted once."""
     storages: dict[int, tuple[Tensor, int]] = {}
     fixed = {p.untyped_storage().data_ptr() for p in [*base.model.parameters(), *slot.parameters().values()]}
+    fixed |= {tensor.untyped_storage().data_ptr() for tensor in slot.constants()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -56,11 +57,15 @@ def held_bytes(base: Base, slot: Slot, lengths: list[int]) -> int:
 
 SPECS = {
     "small": AdapterSpec(rank=2),
-    "large": AdapterSpec(rank=64),
+    "large": AdapterSpec(rank=32),
     "dropout": AdapterSpec(rank=4, dropout=0.2),
     "few targets": AdapterSpec(rank=4, targets=("o_proj",)),
     "a norm in full": AdapterSpec(rank=4, targets=("o_proj",), modules_to_save=("norm",)),
     "new tokens": AdapterSpec(rank=4, new_tokens=(5, VOCAB_SIZE + 1)),
+    "dora": AdapterSpec(method="dora", rank=4),
+    "dora with dropout": AdapterSpec(method="dora", rank=4, dropout=0.2),
+    "ia3": AdapterSpec(method="ia3", targets="default"),
+    "pissa": AdapterSpec(rank=4, init="pissa"),
 }
 
 
