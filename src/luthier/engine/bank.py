@@ -86,16 +86,18 @@ class Bank:
         """Make a fresh slot. The same spec and seed give the same values on any device.
 
         Raises:
-            RecipeError: when a target or module name matches nothing in the base.
+            RecipeError: when a target or module name matches nothing in the base, or the rank exceeds every layer's.
         """
+        targets = self.resolve_targets(spec)
+        self._check_rank(spec, targets)
         generator = torch.Generator().manual_seed(seed)
         slot = Slot(index=self._take_index(), spec=spec)
-        for name in self.resolve_targets(spec):
+        for name in targets:
             linear = self.linears[name]
             slot.adapters[name] = create(
                 spec, linear.in_features, linear.out_features, generator, linear.weight.device, _wide(linear.weight)
             )
-        for name in self._resolve_modules(spec.modules_to_save):
+        for name in self.resolve_modules(spec.modules_to_save):
             slot.saved_modules[name] = self._trained_copy(name)
         if spec.new_tokens:
             slot.token_rows = self.token_rows(spec.new_tokens)
@@ -113,6 +115,16 @@ class Bank:
     def remove(self, slot: Slot) -> None:
         """Forget the slot; its memory goes when the caller lets go of it."""
         del self.slots[slot.index]
+
+    def _check_rank(self, spec: AdapterSpec, targets: Sequence[str]) -> None:
+        """Refuse a rank that no weight of the targets has: it would only take memory, perhaps all there is."""
+        most = max((max(self.linears[name].weight.shape) for name in targets), default=spec.rank)
+        if spec.rank > most:
+            raise RecipeError(
+                f"method.rank is {spec.rank:,}, and the largest layer to adapt is {most:,} wide",
+                f"a rank from 1 to {most:,}; usually 8 to 64",
+                "lower method.rank",
+            )
 
     def resolve_targets(self, spec: AdapterSpec) -> list[str]:
         """Names of the linear layers that `spec` adapts, in the model's order."""
@@ -192,7 +204,8 @@ class Bank:
             self._wrapped[name] = wrapper
         return self._wrapped[name]
 
-    def _resolve_modules(self, wanted: Sequence[str]) -> list[str]:
+    def resolve_modules(self, wanted: Sequence[str]) -> list[str]:
+        """Names of the modules that end in these, in the order of `wanted`."""
         plain = [n for n, m in self.model.named_modules() if n and not isinstance(m, BankModule)]
         names = [name.replace(".base", "") if name.endswith(".base") else name for name in plain]
         found: list[str] = []
