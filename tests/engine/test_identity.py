@@ -36,6 +36,7 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
 @pytest.mark.parametrize("kind", range(4))
 def test_a_job_alone_equals_the_same_job_among_others(folder: Path, kind: int, make_examples: MakeExamples) -> None:
     alone = Engine(load_base(folder, dtype="float64"))
+    assert alone.base.is_packed, alone.base.packing_problem
     lonely = add_job(alone, kind, make_examples)
     lonely_curve = run_all(alone)[lonely.name]
 
@@ -167,6 +168,7 @@ def test_long_neighbours_do_not_change_the_rotary_factors_of_short_ones(
     examples = [make_examples(1, seed, longest=n + 1)[0] for seed, n in ((0, 8), (1, 30))]
     long = Example(np.arange(4, 64, dtype=np.int32), np.zeros(60, dtype=np.float32))
     base = load_base(tiny_phi3, dtype="float64")
+    assert base.is_packed, base.packing_problem
     batch = pack([PackItem(e, -1) for e in [*examples, long]])
     with torch.no_grad():
         packed = base.forward(batch).hidden_TD
