@@ -48,7 +48,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
 
 
 def test_requirements_have_a_lower_bound_and_no_upper_one() -> None:
-    assert {name: [s.operator for s in r.specifier] for name, r in CORE.items()} == dict.fromkeys(CORE, [">="])
+    assert {name: [s.operator for s in r.specifier] for name, r in CORE.items()} == {name: [">="] for name in CORE}
 
 
 def test_one_environment_solves_them_all() -> None:
