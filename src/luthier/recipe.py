@@ -7,7 +7,8 @@ unknown field is an error that names its nearest neighbour.
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +22,9 @@ from luthier.tasks.config import TaskConfig
 from luthier.types import OptimizerName, TrainSpec
 
 Model = TypeVar("Model", bound=BaseModel)
+
+MAX_SEED = 2**63 - 1
+"""The largest that torch's generators take."""
 
 
 class DataConfig(Strict):
@@ -88,8 +92,15 @@ class TrainConfig(Strict):
     """Keep the checkpoint with the lowest validation loss, rather than the last."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints; null means once an evaluation."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, le=MAX_SEED)
     """Seeds the adapter, the order of the data, the split and dropout."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0.0 <= beta < 1.0 for beta in value):
+            raise ValueError("each of the two lies from 0 to below 1")
+        return value
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
@@ -125,8 +136,15 @@ class ComputeConfig(Strict):
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; null takes all cores that this process may use."""
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("a device is auto, cpu, cuda, or cuda:N with a GPU's number")
+        return value
 
 
 class JobSpec(Strict):
@@ -184,12 +202,16 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
         values: Any = source.model_dump(mode="json")
         where = "the recipe"
     elif isinstance(source, dict):
-        values, where = json.loads(json.dumps(source)), "the recipe"
+        values, where = _copied(source), "the recipe"
     else:
         path = Path(source)
         values, where = _read_yaml(path), str(path)
     if not isinstance(values, dict):
-        raise RecipeError(f"{where} holds {type(values).__name__}", "a mapping of fields such as base, task, data")
+        raise RecipeError(
+            f"{where} holds {_YAML_KINDS.get(type(values), 'a single value')}",
+            "a mapping of fields such as base, task, data",
+            "write one `field: value` a line; `luthier init` writes a recipe that holds",
+        )
     for override in overrides or []:
         _apply_override(values, override)
     recipe = validate(Recipe, values, where)
@@ -224,12 +246,45 @@ def _read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}", "a YAML text file in UTF-8") from None
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, _RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it does not parse"
-        raise RecipeError(f"{path} is not valid YAML{place}: {problem}", fix="mend that line") from None
+        raise RecipeError(f"{path} is not valid YAML{place}: {_yaml_problem(error)}", fix="mend that line") from None
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML's safe types, and no field twice: plain YAML lets the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, yaml.Mark] = {}
+        for key, _ in node.value:
+            if key.value in first and isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                problem = f"the field {key.value!r} stands here and in line {first[key.value].line + 1}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                first[key.value] = key.start_mark
+        return super().construct_mapping(node, deep)
+
+
+_YAML_KINDS: dict[type, str] = {type(None): "nothing", list: "a list", str: "a text"}
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"it holds the character U+{error.character:04X}, which no text file should"
+    return getattr(error, "problem", None) or str(error)
+
+
+def _copied(value: Any) -> Any:
+    """The mapping as YAML would have given it: its own copy, with texts for paths and lists for tuples."""
+    if isinstance(value, dict):
+        return {str(key): _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -247,8 +302,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise RecipeError(f"--set {override!r}: {parent} holds a single value", "a section with fields")
     try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        section[last] = yaml.load(text, _RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(
             f"--set {override!r}: the value is not valid YAML", "a number, a word, or a quoted text"
         ) from None
@@ -277,7 +332,8 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     kind = problem["type"]
     if kind == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
-        return f"{name} is not a field{nearest(path[-1], known)}; known here: {', '.join(known)}"
+        hint = _elsewhere(model, path) or nearest(path[-1], known)
+        return f"{name} is not a field{hint}; known here: {', '.join(known)}"
     if kind == "missing":
         return f"{name} is missing"
     if kind == "union_tag_invalid":
@@ -286,8 +342,18 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         return f"{name}: {tag!r} is not known{nearest(tag, known)}; known: {', '.join(known)}"
     if kind == "union_tag_not_found":
         return f"{name} needs a `type`, as in `{name}: {{type: ...}}`, or its name alone"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{name}: found {problem['input']!r}; expected a section, as in `{name}: {{field: value}}`"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name}: found {problem['input']!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _elsewhere(model: type[BaseModel], path: list[str]) -> str:
+    """A hint for a field that was written outside its section, as `epochs` for `train.epochs`."""
+    if len(path) > 1:
+        return ""
+    homes = [f"{section}.{path[0]}" for section in model.model_fields if path[0] in _fields_at(model, (section,))]
+    return f" (did you mean '{homes[0]}'?)" if homes else ""
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

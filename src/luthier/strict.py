@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """Frozen, without unknown fields, with its defaults validated too; docstrings become descriptions."""
+    """Frozen; no unknown fields, NaN or infinity; defaults are validated too, and docstrings become descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -74,13 +75,17 @@ def test_a_classifier_loads_as_the_card_says_with_names_and_padding(base_folder:
     assert model.config.pad_token_id == tokenizer.pad_token_id
     # Short, for under LongRoPE transformers lets the longest text of a batch choose the factors of all.
     texts = ["the lamp", "a warm room", "cold"]
-    single = [tokenizer(text)["input_ids"] for text in texts]
-    ours = slot_logits(base, slot, [torch.tensor(ids).numpy() for ids in single])
+    single = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert batch["attention_mask"].sum() < batch["attention_mask"].numel()
+    alone = model_logits(model, single, classifies=True)
     with torch.inference_mode():
         padded = list(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
-    assert distance(ours, padded) < 1e-4
+    # Three steps, so that a failure names its side: what was read from the files, padding, and the slot itself.
+    weight = model.get_base_model().score.modules_to_save["default"].weight
+    assert torch.equal(weight, slot.head.weight)
+    assert distance(padded, alone) < 1e-4
+    assert distance(slot_logits(base, slot, single), alone) < 1e-4
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])

@@ -25,8 +25,10 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def base(folder: Path) -> Base:
-    """A fresh float64 base."""
-    return load_base(folder, dtype="float64")
+    """A fresh float64 base. It runs packed: were it to fall back to padding, nothing here would test packing."""
+    base = load_base(folder, dtype="float64")
+    assert base.is_packed, base.packing_problem
+    return base
 
 
 @pytest.fixture(scope="session")

@@ -98,9 +98,9 @@ REFUSED: list[tuple[Any, str, str, str]] = [
     ([{"role": "user", "content": ""}, REPLY], "messages[0].content", "empty", "is empty"),
     ([USER, {"role": "assistant", "content": 4}], "messages[1].content", "schema", "a text"),
     ([{**USER, "content": [{"type": "image_url"}]}, REPLY], "messages[0].content[0]", "schema", "text parts"),
-    ([USER, {**REPLY, "weight": -1}], "messages[1].weight", "schema", "from 0 upwards"),
-    ([USER, {**REPLY, "weight": True}], "messages[1].weight", "schema", "from 0 upwards"),
-    ([USER, {**REPLY, "weight": float("nan")}], "messages[1].weight", "schema", "from 0 upwards"),
+    ([USER, {**REPLY, "weight": -1}], "messages[1].weight", "schema", "0 for no loss"),
+    ([USER, {**REPLY, "weight": True}], "messages[1].weight", "schema", "0 for no loss"),
+    ([USER, {**REPLY, "weight": float("nan")}], "messages[1].weight", "schema", "0 for no loss"),
     ([{**USER, "weight": 1}, REPLY], "messages[0].weight", "schema", "on assistant turns only"),
     ([USER, {**CALL, "tool_calls": [{"name": "x"}]}], "messages[1].tool_calls[0]", "schema", '"function"'),
     (

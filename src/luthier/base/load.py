@@ -254,13 +254,13 @@ class Base:
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute each block's activations in the backward instead of keeping them."""
         self.is_checkpointing = enabled
-        if enabled:
-            with warnings.catch_warnings():
-                # transformers 5.20 renames this method; the old name serves every version from 5.17 on.
-                warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings():
+            # transformers 5.20 renames these; the old names serve every version from 5.17 on.
+            warnings.simplefilter("ignore", FutureWarning)
+            if enabled:
                 self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif self.model.is_gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()
+            elif self.model.is_gradient_checkpointing:
+                self.model.gradient_checkpointing_disable()
         for module in self.model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 # transformers recomputes only in modules in training mode; their children stay in evaluation mode.

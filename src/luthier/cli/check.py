@@ -13,7 +13,7 @@ from rich.text import Text
 from luthier.cli.console import err, facts_table, out, print_json
 from luthier.data.check import CheckedRow, check_data, train_files
 from luthier.data.files import open_rows
-from luthier.data.lines import Row
+from luthier.data.lines import LineProblem, Row
 from luthier.data.report import DataReport, PartReport
 from luthier.data.template import Renderer
 from luthier.data.warn import count_rows
@@ -86,23 +86,31 @@ def _recipe_for(target: Path, base: str | None, task: str | None, overrides: lis
 
 def _task_of_columns(path: Path) -> str:
     """The first task that takes rows with the columns of the file's first readable row."""
-    first = next((row for row in open_rows(path) if isinstance(row, Row)), None)
-    if first is None:
-        problem = next(iter(open_rows(path)), None)
-        found = f"{path} holds no row that can be read"
-        raise DataError(
-            f"{found}: {problem.message}" if problem and not isinstance(problem, Row) else found, "data rows"
-        )
-    columns = [name for name, value in first.values.items() if value is not None]
+    problem: LineProblem | None = None
+    for item in open_rows(path):
+        if isinstance(item, Row):
+            break
+        problem = problem or item
+    else:
+        raise _no_readable_row(path, problem)
+    columns = [name for name, value in item.values.items() if value is not None]
     format_name = recognize(columns)
     if format_name is None:
         raise DataError(
-            f"{path}, {first.place}: the columns are {', '.join(map(str, columns)) or 'none'}",
+            f"{path}, {item.place}: the columns are {', '.join(map(str, columns)) or 'none'}",
             "; ".join(f"{', '.join(shape.needs)} ({name})" for name, shape in FORMATS.items()),
             "rename the columns, or say the task and map them: "
             "luthier check FILE --task completion --set data.fields.prompt=question",
         )
     return FORMATS[format_name].tasks[0]
+
+
+def _no_readable_row(path: Path, problem: LineProblem | None) -> DataError:
+    if problem is None:
+        return DataError(f"{path} holds no rows", "at least one row", "write the rows into it")
+    return DataError(
+        f"{path} holds no row that can be read; in {problem.place}: {problem.found}", problem.expected, problem.fix
+    )
 
 
 def _require_files(recipe: Recipe) -> None:
@@ -152,7 +160,8 @@ def _print_report(console: Console, report: DataReport, recipe: Recipe, is_guess
 def _part_facts(name: str, part: PartReport, report: DataReport) -> list[tuple[str, str]]:
     text = count_rows(part.num_rows)
     if report.tokenized:
-        text += f", {part.num_examples:,} examples, {part.num_tokens:,} tokens"
+        examples = "example" if part.num_examples == 1 else "examples"
+        text += f", {part.num_examples:,} {examples}, {part.num_tokens:,} tokens"
         if not report.labels:
             text += f", {part.num_supervised_tokens:,} of them supervised"
     return [(name, text)]

@@ -117,8 +117,11 @@ def quiet_libraries() -> None:
 
     Luthier says itself what it loads. Errors, and warnings of Luthier, are not touched.
     """
+    import logging as python_logging
     import warnings
 
+    # bitsandbytes warns at import of kernels that only some other machine would have; peft imports it where it is.
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
     import logging as standard

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from luthier.cli.console import command_name, err, out, print_json, print_scores, quiet_libraries
 from luthier.cli.progress import choose_progress
+from luthier.errors import StorageError
 
 if TYPE_CHECKING:
     from luthier.worker.train import RunResult
@@ -41,6 +42,11 @@ def train_command(
         from luthier.worker.train import train
 
         results = train(loaded, resume=resume, progress=progress)
+    except StorageError as error:
+        progress.close()
+        raise StorageError(
+            error.found, error.expected, f"{error.fix}\n  go on:    {_resume_command(recipes, overrides)}"
+        ) from error
     except KeyboardInterrupt:
         progress.close()
         err().print(Text(f"Stopped. Go on with: {_resume_command(recipes, overrides)}"), soft_wrap=True)

@@ -348,7 +348,8 @@ def train_files(data: DataConfig) -> list[str]:
 
 def _record_digest(record: Any, seed: int) -> int:
     try:
-        return record_hash(canonical_json(record.to_json()), seed)
+        values = record.to_json()
+        canonical = canonical_json(values)
     except (TypeError, ValueError) as error:
         raise RowError(
             "",
@@ -356,6 +357,27 @@ def _record_digest(record: Any, seed: int) -> int:
             "texts, numbers, truth values, lists and objects",
             "write such values as texts",
         ) from None
+    # JSON writes the character so; a text may also hold these six letters themselves, so its place is looked for.
+    if "\\u0000" in canonical and (where := _null_character_in(values)):
+        raise RowError(
+            where,
+            "holds a null character (U+0000)",
+            "text",
+            "the file was damaged, or bytes were read as text; take the character out, or the row",
+        )
+    return record_hash(canonical, seed)
+
+
+def _null_character_in(value: Any, where: str = "") -> str:
+    """The path of the first text in a record that holds a null character, or an empty string."""
+    if isinstance(value, str):
+        return where if "\0" in value else ""
+    if isinstance(value, dict):
+        inside = [(f"{where}.{key}" if where else str(key), item) for key, item in value.items()]
+    else:
+        items = value if isinstance(value, list | tuple) else ()
+        inside = [(f"{where}[{index}]", item) for index, item in enumerate(items)]
+    return next(filter(None, (_null_character_in(item, name) for name, item in inside)), "")
 
 
 def _as_problem(error: RowError, file: str, line: int, place: str) -> LineProblem:

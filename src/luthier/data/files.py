@@ -87,7 +87,7 @@ def content_hash(path: str | Path) -> str:
         DataError: when the file is missing, empty or a folder.
     """
     _check_exists(Path(path))
-    with open(path, "rb") as stream:
+    with _reading(Path(path)), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -109,7 +109,7 @@ def _check_exists(path: Path) -> None:
 
 
 def _check_encoding(path: Path, compressed: bool) -> None:
-    with _open(path, compressed) as stream, _reading(path):
+    with _reading(path), _open(path, compressed) as stream:
         head = stream.read(4)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is text in UTF-16", "UTF-8", "save it as UTF-8 (iconv -f UTF-16 -t UTF-8 FILE)")
@@ -140,7 +140,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path, kind: str, compressed: bool) -> Iterator[Row | LineProblem]:
-    with _open(path, compressed) as stream, _reading(path):
+    with _reading(path), _open(path, compressed) as stream:
         if kind == "jsonl":
             yield from read_json_lines(stream)
         elif kind == "json":

@@ -57,6 +57,8 @@ def _parse_line(line: int, text: str) -> Row | LineProblem:
     try:
         values = _DECODER.decode(text)
     except json.JSONDecodeError as error:
+        if "\r" in text:
+            return _bare_carriage_returns(line)
         return broken_json(line, error.colno, _reason(error))
     except (ValueError, RecursionError) as error:
         return broken_json(line, None, _reason(error))
@@ -97,6 +99,17 @@ def broken_json(line: int, column: int | None, reason: str, place: str = "") -> 
     )
 
 
+def _bare_carriage_returns(line: int) -> LineProblem:
+    return LineProblem(
+        line,
+        "lines that end in a bare carriage return",
+        "lines that end in a line feed",
+        "write the file with line feeds (for instance: tr '\\r' '\\n' < FILE > NEW)",
+        kind="carriage_returns",
+        place=f"line {line}",
+    )
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
@@ -106,8 +119,10 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return error.msg[:1].lower() + error.msg[1:]
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return (error.msg[:1].lower() + error.msg[1:]).removesuffix(" at")
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a whole number has too many digits" if "integer string" in str(error) else str(error)
 
 
 def _encodes(values: Any) -> bool:

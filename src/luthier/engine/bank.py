@@ -101,7 +101,7 @@ class Bank:
         slot = Slot(index=self._take_index(), spec=spec)
         for name in self.resolve_targets(spec):
             slot.adapters[name] = method.create(spec, name, self.layer(name), generator, fresh=fresh)
-        for name in self._resolve_modules(spec.modules_to_save):
+        for name in self.resolve_modules(spec.modules_to_save):
             slot.saved_modules[name] = self._trained_copy(name)
         if spec.new_tokens:
             slot.token_rows = self.token_rows(spec.new_tokens)
@@ -199,7 +199,8 @@ class Bank:
             self._wrapped[name] = wrapper
         return self._wrapped[name]
 
-    def _resolve_modules(self, wanted: Sequence[str]) -> list[str]:
+    def resolve_modules(self, wanted: Sequence[str]) -> list[str]:
+        """Names of the modules that end in these, in the order of `wanted`."""
         plain = [n for n, m in self.model.named_modules() if n and not isinstance(m, BankModule)]
         names = [name.replace(".base", "") if name.endswith(".base") else name for name in plain]
         found: list[str] = []

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from luthier.evaluate import figures, samples, summary
 from luthier.evaluate.card import loading_code
+from luthier.evaluate.metrics import MIN_ROWS_FOR_VERDICT
 from luthier.evaluate.record import RunRecord, read_run
 from luthier.files import write_text
 
@@ -55,6 +56,7 @@ def render(record: RunRecord) -> str:
     environment.filters["count"] = summary.format_count
     template = environment.from_string(files("luthier.evaluate").joinpath("report.html.jinja").read_text("utf-8"))
     return template.render(
+        min_rows=MIN_ROWS_FOR_VERDICT,
         title=summary.headline(record.evaluation) or "Not judged on held-out rows",
         run=record.shown_path,
         subtitle=_subtitle(record),

@@ -56,6 +56,12 @@ def placement_of(recipe: Recipe, say: Callable[[str], None] = lambda text: None)
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"compute.device is {device}, and torch sees no CUDA device", fix="set it to cpu or auto")
+    number = int(device.partition(":")[2] or 0)
+    if device.startswith("cuda") and number >= torch.cuda.device_count():
+        raise RecipeError(
+            f"compute.device is {device}, and torch sees {torch.cuda.device_count()} CUDA devices",
+            f"a number below {torch.cuda.device_count()}",
+        )
     dtype = recipe.train.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"

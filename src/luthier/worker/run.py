@@ -129,9 +129,14 @@ class Run:
     def name(self) -> str:
         return str(self.folder.path)
 
-    @property
-    def is_finished(self) -> bool:
-        return self.folder.state()["status"] == "done"
+    def kept_result(self) -> RunResult | None:
+        """The result of a run that was done before, or None where something is left to do."""
+        values, result = self.folder.read_json("eval.json"), self.folder.read_json("result.json")
+        is_done = self.resumed and self.folder.state()["status"] == "done" and self.folder.adapter.exists()
+        # The card is written last.
+        if not is_done or values is None or result is None or not (self.folder.path / "README.md").exists():
+            return None
+        return RunResult(self.folder.path, "done", values, result)
 
     # -- before training
 
@@ -160,6 +165,13 @@ class Run:
             self.progress.note(f"{self.name} goes on from step {self.job.step}")
         self.folder.rewind_metrics(self.job.step)
         self._assert_trainable(slot)
+        warmup = self.recipe.train.warmup_steps
+        if warmup >= self.job.total_steps:
+            self.progress.note(
+                f"train.warmup_steps is {warmup:,} and the run has {self.job.total_steps:,} steps: "
+                "the learning rate never reaches train.learning_rate",
+                "warning",
+            )
         return self.job
 
     def _make_slot(self, base: Base, *, fresh: bool) -> Slot:
@@ -188,7 +200,38 @@ class Run:
                 f"{asked}, as the recipe says",
                 "set method (and the task) to what the adapter has",
             )
+        self._check_start(start, slot, spec)
         return slot
+
+    def _check_start(self, start: Path, slot: Slot, spec: AdapterSpec) -> None:
+        """No part of the recipe's method is passed over in silence: the adapter has it, or the user hears of it."""
+        bank = self.base.bank
+        found: dict[str, set[Any]] = {
+            "modules_to_save": set(slot.saved_modules),
+            "new_tokens": set(slot.token_rows.ids_K.tolist()) if slot.token_rows is not None else set(),
+        }
+        wanted: dict[str, set[Any]] = {
+            "modules_to_save": set(bank.resolve_modules(spec.modules_to_save)),
+            "new_tokens": set(spec.new_tokens),
+        }
+        for name, has in found.items():
+            if has != wanted[name] and (name == "new_tokens" or wanted[name] - has):
+                raise RecipeError(
+                    f"start_from: {start} has {sorted(has) or 'none'} where method.{name} asks for "
+                    f"{sorted(wanted[name]) or 'none'}",
+                    "the modules and tokens that the adapter was trained with",
+                    f"set method.{name} as it was when the adapter was trained",
+                )
+        other = []
+        if (slot.spec.alpha, slot.spec.rank_stabilized) != (spec.alpha, spec.rank_stabilized):
+            other.append(f"alpha {slot.spec.alpha:g}{' (rank-stabilized)' if slot.spec.rank_stabilized else ''}")
+        if set(slot.adapters) != set(bank.resolve_targets(spec)):
+            other.append("targets " + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in slot.adapters})))
+        if found["modules_to_save"] != wanted["modules_to_save"]:
+            other.append("modules_to_save " + ", ".join(sorted(slot.saved_modules)))
+        if other:
+            text = "; ".join(other)
+            self.progress.note(f"{self.name} goes on with what {start} has, not the recipe: {text}", "warning")
 
     def _check_base(self, extra: dict[str, Any]) -> None:
         now = self._base_identity()

@@ -39,18 +39,23 @@ class RunFolder:
 
     @classmethod
     def create(cls, recipe: Recipe) -> RunFolder:
-        """Begin a new run in `recipe.output`.
+        """Begin a new run in `recipe.output`; one that never came to its training gives way.
 
         Raises:
             RunError: when a run, or anything else, is there already.
         """
         run = cls(Path(recipe.output))
-        if run.has_state:
+        # Its data did not hold, or it was stopped before the base was loaded: nothing of it is worth keeping, and the
+        # mended recipe need not be the same.
+        is_unused = run.has_state and run.state()["status"] == "preparing" and not run.checkpoints.exists()
+        if run.has_state and not is_unused:
             raise RunError(
                 f"{run.path} holds a run already ({run.state()['status']})",
                 fix="go on with --resume, or choose another folder with --set output=...",
             )
-        if run.path.exists() and any(run.path.iterdir()):
+        if run.path.exists() and not run.path.is_dir():
+            raise RunError(f"{run.path} is a file", "a new or empty folder", "choose another with --set output=...")
+        if not is_unused and run.path.exists() and any(run.path.iterdir()):
             raise RunError(f"{run.path} is not empty", "a new or empty folder", "choose another with --set output=...")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -58,9 +63,10 @@ class RunFolder:
             raise StorageError(
                 f"{run.path} cannot be made: {error}", fix="choose another folder for `output`"
             ) from None
+        # The state first: should the disk be full behind it, the folder is still known as a run that may give way.
+        run.set_state("preparing")
         write_text(run.path / "recipe.yaml", recipe.to_yaml())
         write_text(run.path / "versions.json", _json(resolved_versions()))
-        run.set_state("preparing")
         return run
 
     @classmethod

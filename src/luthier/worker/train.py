@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
@@ -30,7 +31,7 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
 
     Args:
         recipes: At least one; all with the same base, dtype and device, each with an output folder of its own.
-        resume: Go on from each run's last checkpoint; runs that are done are returned as they are.
+        resume: Go on from each run's last checkpoint; where all are done, their results are returned.
         progress: Hears of it.
 
     Raises:
@@ -41,6 +42,10 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
     placement = _common_placement(recipes, progress)
     _check_methods(recipes, placement)
     runs = [Run.begin(recipe, placement.folder, progress, resume=resume) for recipe in recipes]
+    kept = [result for run in runs if (result := run.kept_result()) is not None]
+    if len(kept) == len(runs):
+        progress.note("nothing is left to do: " + ("this run is" if len(runs) == 1 else "these runs are") + " done")
+        return kept
     progress.stage("Loading the base")
     base = load_placed(placement, max((r.compute.threads or 0 for r in recipes), default=0) or None)
     if base.packing_problem:
@@ -104,7 +109,7 @@ def interrupts() -> Iterator[list[int]]:
 def _common_placement(recipes: Sequence[Recipe], progress: Progress) -> Placement:
     if not recipes:
         raise RecipeError("there is no recipe to train", "at least one")
-    outputs = [recipe.output for recipe in recipes]
+    outputs = [os.path.realpath(recipe.output) for recipe in recipes]
     if len(set(outputs)) < len(outputs):
         raise RecipeError(f"two recipes write to {max(outputs, key=outputs.count)}", "an `output` of its own for each")
     placements = [placement_of(recipe, progress.note) for recipe in recipes]

@@ -6,7 +6,6 @@ Keys beyond OpenAI's (ids, time stamps) are left out of the record, unless they 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -17,6 +16,9 @@ from luthier.tasks.chat.schema import Conversation
 from luthier.tasks.shapes import unpack_json
 
 ROLES = ("system", "user", "assistant", "tool")
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+"""Bounds of a weight above 0: only ratios count, and float32 sums lose what lies further apart."""
+
 _KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", *REASONING_FIELDS)
 
 
@@ -155,8 +157,10 @@ def _parse_call(call: Any, where: str) -> dict[str, Any]:
 def _parse_weight(weight: Any, role: str, where: str) -> float:
     if role != "assistant":
         raise RowError(where, f"stands in a turn of role {role!r}", "a weight on assistant turns only", "take it out")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise RowError(where, f"is {preview(weight)}", "a number from 0 upwards: 0 for no loss, 1 for the usual one")
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not (weight == 0 or MIN_WEIGHT <= weight <= MAX_WEIGHT):
+        expected = f"0 for no loss, 1 for the usual one, or a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:,.0f}"
+        raise RowError(where, f"is {preview(weight)}", expected)
     return float(weight)
 
 
