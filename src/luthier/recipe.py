@@ -18,7 +18,7 @@ from luthier.errors import RecipeError, nearest
 from luthier.methods.config import MethodConfig
 from luthier.strict import Strict
 from luthier.tasks.config import TaskConfig
-from luthier.types import TrainSpec
+from luthier.types import OptimizerName, TrainSpec
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -56,6 +56,8 @@ class TrainConfig(Strict):
     """Examples in one optimizer step, however it is split for memory."""
     micro_batch_tokens: int | None = Field(default=None, ge=16)
     """Most tokens in one forward of this job; null lets the memory prediction choose."""
+    optimizer: OptimizerName = "adamw"
+    """adamw; with its moments in 8 bits; paged to the host when a GPU's memory is short; or both (luthier[qlora])."""
     learning_rate: float = Field(default=5e-4, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+
 Objective = Literal["language_modelling", "sequence_head"]
 
 NO_CLASS = -1
@@ -110,6 +112,7 @@ class TrainSpec:
     max_steps: int | None = None
     batch_size: int = 16
     micro_batch_tokens: int | None = None
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 5e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0

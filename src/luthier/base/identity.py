@@ -8,13 +8,14 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from luthier.base.folder import read_json, weight_files
 from luthier.base.wheel import SOURCE_FILE
 from luthier.errors import ModelError
+from luthier.files import write_text
 from luthier.settings import read_settings
 
 REMEMBERED_FROM_BYTES = 16 * 1024 * 1024
@@ -41,6 +42,46 @@ class BaseKey:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BaseKey:
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    @property
+    def described(self) -> str:
+        """As an error names it."""
+        return self.weights_hash[:12] + (f" in {self.quantization.upper()}" if self.quantization else "")
+
+    def computes_as(self, other: BaseKey) -> bool:
+        """Whether an adapter trained over one belongs on the other: the same weights, quantized alike.
+
+        Neither a revision nor the type in memory changes what the weights are.
+        """
+        return (self.weights_hash, self.quantization) == (other.weights_hash, other.quantization)
+
+
+TRAINED_OVER_FILE = "trained_over.json"
+"""Beside PEFT's files: the base that an adapter was trained over, as its `BaseKey`."""
+
+
+def read_trained_over(folder: Path) -> BaseKey | None:
+    """The base that the adapter in `folder` was trained over, or None for one that does not say, as peft's own.
+
+    Raises:
+        ModelError: for a file that is damaged.
+    """
+    path = folder / TRAINED_OVER_FILE
+    if not path.is_file():
+        return None
+    try:
+        return BaseKey.from_dict(read_json(path))
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{path} lacks {error}", "what `luthier train` wrote there") from None
+
+
+def write_trained_over(folder: Path, key: BaseKey) -> None:
+    """Write down the base of the adapter in `folder`."""
+    write_text(folder / TRAINED_OVER_FILE, json.dumps(key.to_dict(), indent=2) + "\n")
 
 
 def weights_identity(folder: Path) -> str:

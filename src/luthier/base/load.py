@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from luthier.base.attention import PACKED_ATTENTION
+from luthier.base.identity import BaseKey, base_revision, weights_identity
+from luthier.base.nf4 import hold_in_nf4, load_nf4, nf4_weights
 from luthier.base.rope import PerSequenceRotary, wrap_longrope
 from luthier.engine.bank import Bank, Routing
 from luthier.engine.pack import PackedBatch, Segment
@@ -39,7 +41,9 @@ class Base:
     Attributes:
         model: The causal language model of transformers, wrapped by the bank.
         bank: The slots.
-        device, dtype: Where and how the weights are held.
+        device, dtype: Where and how the weights are held; where they are quantized, what is computed in.
+        quantization: "nf4" where the linear layers but the output layer are held in NF4, or None.
+        nf4_weights: Those layers' weights by name, in the model's order.
         is_packed: Whether sequences run flat; otherwise padded, because the probe failed (`packing_problem` says why).
         head_is_plain: Whether logits are hidden x weight^T of the output layer and nothing else.
     """
@@ -63,6 +67,8 @@ class Base:
         self.vocabulary_size, self.hidden_size = embedding.shape
         self._attention = self.config._attn_implementation
         self._rotaries: list[PerSequenceRotary] = wrap_longrope(model)
+        self.nf4_weights = nf4_weights(model)
+        self.quantization = "nf4" if self.nf4_weights else None
         self.bank = Bank(model, use_reference=use_reference)
         self._output_layer: nn.Module | None = self.model.get_output_embeddings()
         self.is_packed = True
@@ -79,16 +85,40 @@ class Base:
                 self.bank.group(names)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
-        """The base's own weights. Slots' parameters are no children of the model."""
+        """The base's own weights, without those in NF4. Slots' parameters are no children of the model."""
         return list(self.model.parameters())
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.frozen_parameters())
+        """Of the weights as they were before any quantization."""
+        return sum(p.numel() for p in self.frozen_parameters()) + sum(w.num_values for w in self.nf4_weights.values())
 
     @property
     def num_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.frozen_parameters())
+        """Resident bytes of the weights."""
+        plain = sum(p.numel() * p.element_size() for p in self.frozen_parameters())
+        return plain + self.nf4_bytes
+
+    @property
+    def nf4_bytes(self) -> int:
+        """Of the layers in NF4, their scales and codes included."""
+        return sum(weight.num_bytes for weight in self.nf4_weights.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the largest layer in NF4 once dequantized: what a product takes for a moment."""
+        return max((w.num_values for w in self.nf4_weights.values()), default=0) * self.dtype.itemsize
+
+    def key(self) -> BaseKey | None:
+        """Which base this is; None for one that was never on disk.
+
+        Raises:
+            ModelError: where its files cannot be read any more.
+        """
+        if self.folder is None:
+            return None
+        dtype = str(self.dtype).removeprefix("torch.")
+        return BaseKey(weights_identity(self.folder), base_revision(self.folder), self.quantization, dtype)
 
     @property
     def max_positions(self) -> int | None:
@@ -241,31 +271,55 @@ def load_base(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    quantization: str | None = None,
+    quantized_from: str | torch.dtype | None = None,
     use_reference: bool = False,
 ) -> Base:
     """Load a causal language model from a folder of safetensors.
 
+    Args:
+        dtype: Of the weights; where they are quantized, of the rest and of the products.
+        quantization: "nf4" to hold the linear layers but the output layer in NF4, as QLoRA does.
+        quantized_from: The type that weights are rounded to before they are quantized; None for `dtype`. With another
+            it gives the weights that were trained over in that type, computed with in this one.
+
     Raises:
         ModelError: when the folder holds no such model.
+        RecipeError: for NF4 without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM
 
-    torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    wanted, place = torch_dtype(dtype), torch.device(device)
+    source = torch_dtype(quantized_from or dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch_dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        if quantization is None:
+            model = _load_plain(folder, place, wanted)
+        elif source == wanted:
+            model = load_nf4(AutoModelForCausalLM, folder, place, wanted)
+        else:
+            weights = nf4_weights(load_nf4(AutoModelForCausalLM, folder, place, source))
+            model = _load_plain(folder, place, wanted)
+            hold_in_nf4(model, weights, wanted)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder} does not load as a causal language model: {error}",
             "a folder with config.json and safetensors weights of an architecture that transformers knows",
         ) from error
-    model.to(torch.device(device))  # type: ignore[arg-type]
     return Base(model, Path(folder), use_reference=use_reference)
+
+
+def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    return model.to(device)
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The type of that name; a type is itself."""
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
 
 
 def _sequence_segments(slots: tuple[int, ...], rows_each: int) -> tuple[Segment, ...]:

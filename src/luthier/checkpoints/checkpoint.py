@@ -24,11 +24,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from luthier.base.identity import BaseKey, base_revision, weights_identity
 from luthier.base.load import Base
 from luthier.checkpoints.peft_format import load_values, write_adapter
 from luthier.checkpoints.peft_names import is_stored
 from luthier.checkpoints.tensor_file import read_tensors, write_tensors
+from luthier.engine.adamw import MOMENTS
 from luthier.engine.job import TrainingJob
 from luthier.errors import ModelError, RunError, StorageError
 from luthier.files import atomic_folder, write_text
@@ -218,32 +218,27 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
 
 
 def _base_key(base: Base) -> dict[str, Any] | None:
-    """Which base the job trains over; None for one that was never on disk."""
-    if base.folder is None:
-        return None
-    dtype = str(base.dtype).removeprefix("torch.")
-    return BaseKey(weights_identity(base.folder), base_revision(base.folder), None, dtype).to_dict()
+    key = base.key()
+    return key.to_dict() if key is not None else None
 
 
 def _check_base(folder: Path, before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
     # Where the weights came from does not change what they are.
-    changed = [name for name in ("weights_hash", "dtype") if before and now and before[name] != now[name]]
+    names = ("weights_hash", "quantization", "dtype")
+    changed = [name for name in names if before and now and before[name] != now[name]]
     if changed and before and now:
         raise ModelError(
             f"{folder} was trained over another base: " + ", ".join(f"{n} {str(before[n])[:12]}" for n in changed),
             ", ".join(f"{name} {str(now[name])[:12]}" for name in changed),
-            "name in `base`, and in train.dtype, what the run began with",
+            "name in `base`, `method` and train.dtype what the run began with",
         )
 
 
 def _check_moments(folder: Path, moments: dict[str, Any], job: TrainingJob) -> None:
     expected = {
-        f"{name}.{moment}"
-        for name in job.optimizer.parameters
-        if is_stored(name, job.slot)
-        for moment in ("exp_avg", "exp_avg_sq")
+        f"{name}.{moment}" for name in job.optimizer.parameters if is_stored(name, job.slot) for moment in MOMENTS
     }
-    odd = sorted(expected ^ {key for key in moments if not key.endswith(".step")})
+    odd = sorted(expected ^ {key for key in moments if "." in key and key.rpartition(".")[2] in MOMENTS})
     if odd:
         raise ModelError(f"{folder / OPTIMIZER_FILE} does not fit the job: {odd[0]}", "both moments of each parameter")
 

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from luthier.base.adapter_files import WEIGHTS_FILE
+from luthier.base.identity import write_trained_over
 from luthier.base.load import Base
 from luthier.checkpoints.peft_names import HEAD, module_names, to_peft
 from luthier.checkpoints.peft_read import load_values, slot_from_adapter
@@ -57,6 +58,8 @@ def write_adapter(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors, and for a sequence head classifier/config.json.
 
+    Beside them stands trained_over.json, which peft passes over: the base's hash, quantization and type.
+
     Args:
         folder: Made if need be. Not replaced as a whole: use `luthier.files.atomic_folder` around this.
         base_name: What the files call the base: a Hub id, or a path.
@@ -76,6 +79,9 @@ def write_adapter(
             config = classifier_config(base, slot.head.out_features, labels, pad_token_id)
             config.save_pretrained(str(folder / CLASSIFIER_FOLDER))
     write_tensors(folder / WEIGHTS_FILE, to_peft(slot, base.bank))
+    key = base.key()
+    if key is not None:
+        write_trained_over(folder, key)
 
 
 def check_writable(slot: Slot, base: Base) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.base.adapter_files import HEAD_NAMES, PREFIX, AdapterFiles, read_adapter
+from luthier.base.identity import read_trained_over
 from luthier.base.load import Base
 from luthier.checkpoints.peft_names import TOKENS, module_names
 from luthier.checkpoints.tensor_file import read_tensors
@@ -53,9 +54,11 @@ def slot_from_adapter(base: Base, folder: Path, dropout: float | None = None, *,
         lora_plus_ratio: For training on; files do not hold it.
 
     Raises:
-        ModelError: for an adapter of another kind or for another base, or damaged files.
+        ModelError: for an adapter of another kind or for another base, or damaged files. An adapter that says which
+            base it was trained over is held to that base's hash and quantization.
     """
     files = read_adapter(folder)
+    check_trained_over(base, files.folder)
     contents = _take_apart(base.bank, files)
     spec = replace(
         files.spec(),
@@ -90,6 +93,24 @@ def _adapters(bank: Bank, files: AdapterFiles, contents: _Contents, own: Adapter
         except ValueError as error:
             raise _misfit(files, str(error), "this base's layers") from None
     return adapters
+
+
+def check_trained_over(base: Base, folder: Path) -> None:
+    """Refuse an adapter on a base whose weights or quantization are not those that it was trained over.
+
+    Raises:
+        ModelError: naming both.
+    """
+    expected, found = read_trained_over(folder), base.key()
+    if expected is None or found is None or expected.computes_as(found):
+        return
+    raise ModelError(
+        f"{folder} was trained over the weights {expected.described}, and this base has {found.described}",
+        "the same base, quantized in the same way",
+        "set `method: {type: qlora}` to hold the base in NF4"
+        if expected.quantization and not found.quantization and expected.weights_hash == found.weights_hash
+        else "name in `base` (and by `method`) what the adapter was trained over",
+    )
 
 
 def load_values(slot: Slot, base: Base, folder: Path) -> None:

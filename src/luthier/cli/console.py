@@ -121,6 +121,10 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
+    import logging as standard
+
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # it tells of kernels that it would rather have
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()

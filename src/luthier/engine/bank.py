@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.base.nf4 import Nf4Linear
 from luthier.engine.pack import Segment
 from luthier.engine.slot import Slot, TokenRows
 from luthier.engine.targets import check_layers, ends_with
@@ -78,7 +79,7 @@ class Bank:
         self.input_name = _name_of(model, self.input_embedding) or ""
         self.is_tied = output is not None and output.weight is self.input_embedding.weight
         self.body_name = _name_of(model, model.base_model) or ""
-        self.linears: dict[str, nn.Linear] = {n: m for n, m in model.named_modules() if is_linear(m)}
+        self.linears: dict[str, nn.Linear | Nf4Linear] = {n: m for n, m in model.named_modules() if is_linear(m)}
         self._layers: dict[str, BaseLinear] = {}
         self._wrapped: dict[str, BankModule] = {}
         self._groups: list[tuple[str, ...]] = []
@@ -223,6 +224,13 @@ class Bank:
             raise RecipeError(
                 f"method.modules_to_save: {name} holds layers that are adapted too",
                 fix="name single layers (a norm, an embedding, lm_head), or take them out of method.targets",
+            )
+        held = next((part for part in original.modules() if isinstance(part, Nf4Linear)), None)
+        if held is not None:
+            raise RecipeError(
+                f"method.modules_to_save: {name} is held in NF4, which cannot be trained",
+                "modules that are not quantized: embeddings, norms, the output layer",
+                "let the adapter reach it through method.targets, or train with `method: lora`",
             )
         copied = copy.deepcopy(original)
         copied = copied.to(_wide(next(copied.parameters())))

@@ -23,8 +23,6 @@ from luthier.engine.slot import Slot
 from luthier.types import Example
 
 PROBE_TOKENS = 64
-ADAM_BYTES = 2
-"""AdamW keeps two moments, each of a parameter's own size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +130,13 @@ def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> 
     largest = sum(largest_micro_batch(job) for job in jobs)
     alone = max(largest_micro_batch(job) for job in jobs)
     tokens = max(alone, min(largest, budget_tokens))
-    # The output layer's chunk: logits and their gradient with respect to the hidden states.
-    head = 2 * 32 * 2**20 + 2 * tokens * base.hidden_size * 4
+    # The output layer's chunk: logits and their gradient with respect to the hidden states; a layer out of NF4.
+    head = 2 * 32 * 2**20 + 2 * tokens * base.hidden_size * 4 + base.dense_bytes
     return MemoryPlan(
         base=base.num_bytes,
         adapters=parameters,
         gradients=parameters,
-        optimizer=ADAM_BYTES * parameters,
+        optimizer=sum(job.optimizer.state_bytes for job in jobs),
         activations=tokens * per_token + head,
         tokens=tokens,
         available=available_bytes(base.device),

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from luthier.engine.adamw import MOMENTS, make_adamw
 from luthier.types import TrainSpec
 
 
 class JobOptimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over the parameters of one slot.
+    """AdamW over the parameters of one slot, by the implementation that `spec.optimizer` names.
 
     Args:
         parameters: The slot's parameters by name.
@@ -35,17 +36,7 @@ class JobOptimizer:
         self.spec = spec
         self.total_steps = total_steps
         self.num_steps = 0
-        by_ratio: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in parameters.items():
-            by_ratio.setdefault((rate_ratios or {}).get(name, 1.0), []).append(parameter)
-        self._adamw = torch.optim.AdamW(
-            [{"params": members, "rate_ratio": ratio} for ratio, members in by_ratio.items()],
-            lr=spec.learning_rate,
-            betas=spec.betas,
-            eps=spec.eps,
-            weight_decay=spec.weight_decay,
-            fused=True,
-        )
+        self._adamw = make_adamw(parameters, spec, rate_ratios or {})
 
     @property
     def learning_rate(self) -> float:
@@ -66,28 +57,28 @@ class JobOptimizer:
         if math.isfinite(value):
             if self.spec.max_grad_norm > 0:
                 nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.spec.max_grad_norm, norm)
-            for group in self._adamw.param_groups:
-                group["lr"] = rate * group["rate_ratio"]
-            self._adamw.step()
-            # Fused steps write past autograd's count of writes, by which what is derived of a parameter is told stale.
+            self._adamw.step(rate)
+            # These steps write past autograd's count of writes, by which what is derived of a parameter is told stale.
             torch.autograd.graph.increment_version(list(self.parameters.values()))
             self.num_steps += 1
         self.zero_grad()
         return value, rate
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad()
+
+    @property
+    def state_bytes(self) -> int:
+        """What the moments will take on the parameters' device."""
+        return self._adamw.state_bytes
 
     def state(self) -> dict[str, Tensor]:
-        """Both moments of every parameter, by name; `num_steps` is kept by the checkpoint."""
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if parameter in self._adamw.state:
-                    tensors[f"{name}.{moment}"] = self._adamw.state[parameter][moment]
-            # A parameter that some steps gave no gradient counts fewer steps of its own, for its bias correction.
-            if parameter in self._adamw.state and int(self._adamw.state[parameter]["step"]) != self.num_steps:
-                tensors[f"{name}.step"] = self._adamw.state[parameter]["step"]
+        """The moments of every parameter, by name; `num_steps` is kept by the checkpoint."""
+        tensors = self._adamw.state()
+        # A parameter that some steps gave no gradient counts fewer steps of its own, for its bias correction.
+        for name, steps in self._adamw.steps_of().items():
+            if steps != self.num_steps:
+                tensors[f"{name}.step"] = torch.tensor(float(steps))
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], num_steps: int) -> None:
@@ -95,14 +86,10 @@ class JobOptimizer:
         self.num_steps = num_steps
         if num_steps == 0:
             return
-        for name, parameter in self.parameters.items():
-            if f"{name}.exp_avg" not in tensors:
-                continue  # no gradient ever reaches it, as the output rows of a classifier's tokens
-            self._adamw.state[parameter] = {
-                "step": tensors.get(f"{name}.step", torch.tensor(float(num_steps))).to(parameter.device).clone(),
-                "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device, parameter.dtype).clone(),
-                "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device, parameter.dtype).clone(),
-            }
+        # No gradient ever reaches some, as the output rows of a classifier's tokens: they have no moments.
+        known = [name for name in self.parameters if f"{name}.{MOMENTS[0]}" in tensors]
+        own = torch.tensor(float(num_steps))
+        self._adamw.load_state(tensors, {name: int(tensors.get(f"{name}.step", own)) for name in known})
 
 
 def learning_rate_at(step: int, total_steps: int, spec: TrainSpec) -> float:

@@ -5,13 +5,17 @@ Shapes: O outputs, I inputs of a linear layer, D hidden size, K trained tokens.
 The stages run one after the other, so that no more than one copy of the model is in memory: what base + adapter says on
 a few sequences; the merge, on a copy of the base of its own; the same sequences through the export as it was written. A
 resident base is never touched.
+
+An adapter over a base in NF4 is merged onto the values that it was trained over: the weights are quantized as in
+training, dequantized, and the update is added to that. Onto the weights as they were before quantization it would be
+another model.
 """
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +26,18 @@ from torch import Tensor, nn
 
 from luthier.base.adapter_files import read_adapter
 from luthier.base.folder import weight_files
+from luthier.base.identity import BaseKey, read_trained_over
 from luthier.base.load import DTYPES, load_base
+from luthier.base.nf4 import dequantize_into
 from luthier.checkpoints.peft_format import CLASSIFIER_FOLDER, check_writable, classifier_config
 from luthier.checkpoints.peft_names import HEAD
 from luthier.checkpoints.peft_read import slot_from_adapter
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError, StorageError
 from luthier.export.compare import Tokens, distance, model_logits, random_sequences, slot_logits
-from luthier.files import atomic_folder
+from luthier.files import atomic_folder, write_text
 from luthier.methods.method import LayerAdapter
+from luthier.ops.nf4 import Nf4Weight
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,12 +74,14 @@ class Expected:
         logits: As `slot_logits` gives them.
         columns: Tokens (or classes) that base + adapter knows.
         config: A classifier's config; None for a language model.
+        nf4: The base's weights in NF4 by their layer's name; empty where it holds none.
     """
 
     sequences: list[Tokens]
     logits: list[Tensor]
     columns: Tensor
     config: Any
+    nf4: Mapping[str, Nf4Weight]
 
     def told_by(self, model: Any) -> Expected:
         """The same questions, with what `model` says to them."""
@@ -125,15 +134,23 @@ def export_merged(
     check_free(output)
     files = read_adapter(adapter_folder)
     saved_dtype = _dtype(base_folder, dtype)
-    wide = torch.promote_types(saved_dtype, torch.float32)
+    key = read_trained_over(files.folder)
+    is_nf4 = key is not None and key.quantization == "nf4"
+    # bitsandbytes computes in float32 at most.
+    wide = torch.float32 if is_nf4 else torch.promote_types(saved_dtype, torch.float32)
     say("Reading what base and adapter say")
-    slot, expected = _tuned(base_folder, files.folder, wide)
-    say("Merging")
+    slot, expected = _tuned(base_folder, files.folder, wide, key if is_nf4 else None)
+    if is_nf4:
+        say("Merging onto the dequantized base")
+    else:
+        say("Merging")
     model = _load(base_folder, wide, expected.config)
+    dequantize_into(model, expected.nf4)
     merge(model, slot)
     expected.check(model, wide, "the merged model")
     _round(model, saved_dtype)
-    expected.check(model, saved_dtype, f"the merged model in {str(saved_dtype).removeprefix('torch.')}")
+    narrow = min(saved_dtype, wide, key=lambda dtype: dtype.itemsize)
+    expected.check(model, narrow, f"the merged model in {str(saved_dtype).removeprefix('torch.')}")
     # The files are held against the rounded model, so that what is written is checked tightly in any type.
     rounded = expected.told_by(model)
     with atomic_folder(output) as temporary:
@@ -142,6 +159,8 @@ def export_merged(
         del model
         _copy_tokenizer(files.folder if (files.folder / "tokenizer.json").is_file() else base_folder, temporary)
         _copy_generation((files.folder, base_folder), temporary)
+        if key is not None and is_nf4:
+            write_text(temporary / "README.md", nf4_card(key))
         say("Loading the export again and comparing")
         again = _load(temporary, wide, is_classifier=expected.config is not None)
         rounded.check(again, wide, f"the export {output}")
@@ -190,12 +209,35 @@ def merge(model: Any, slot: Slot) -> None:
         getattr(model, HEAD).weight.copy_(slot.head.weight)
 
 
+def nf4_card(key: BaseKey) -> str:
+    """What a model that was merged over NF4 is, for its folder's README.md."""
+    return f"""# A model tuned with QLoRA and merged
+
+The adapter was trained over its base in NF4 with double quantization (bitsandbytes, compute type {key.dtype}). It was
+merged onto the *dequantized* base: the values that the 4-bit weights stand for, plus the adapter's update. These are
+not the base's original weights plus the update; that would be another model, which nobody trained or judged.
+
+- The linear layers carry NF4's rounding of the base for good, though they are stored in a wider type now.
+- Loaded as it is, this model says what base and adapter said in training; that was compared before the folder appeared.
+- Quantized to 4 bits again it is rounded a second time. To stay in 4 bits, load the base in NF4 and the adapter on it.
+
+Weights of the base: SHA-256 `{key.weights_hash}`
+"""
+
+
 # -- stages
 
 
-def _tuned(base_folder: Path, adapter_folder: Path, wide: torch.dtype) -> tuple[Slot, Expected]:
-    """The slot, and what base + adapter says."""
-    base = load_base(base_folder, dtype=wide)
+def _tuned(base_folder: Path, adapter_folder: Path, wide: torch.dtype, nf4: BaseKey | None) -> tuple[Slot, Expected]:
+    """The slot, and what base + adapter says.
+
+    Args:
+        nf4: The base that the adapter was trained over, if it was in NF4.
+    """
+    if nf4 is None:
+        base = load_base(base_folder, dtype=wide)
+    else:
+        base = load_base(base_folder, dtype=wide, quantization="nf4", quantized_from=nf4.dtype)
     slot = slot_from_adapter(base, adapter_folder)
     config, pad_token = None, None
     num_columns, own = base.vocabulary_size, list(slot.token_rows.ids_K) if slot.token_rows is not None else []
@@ -211,7 +253,7 @@ def _tuned(base_folder: Path, adapter_folder: Path, wide: torch.dtype) -> tuple[
         sequences += random_sequences(lengths, base.vocabulary_size, include=[i for i in ids if i != pad_token])
     new_columns = [token for token in ids if token >= num_columns] if slot.head is None else []
     columns = torch.tensor([*range(num_columns), *new_columns])
-    return slot, Expected(sequences, slot_logits(base, slot, sequences), columns, config)
+    return slot, Expected(sequences, slot_logits(base, slot, sequences), columns, config, base.nf4_weights)
 
 
 def _classifier_config(base: Any, slot: Slot, adapter_folder: Path) -> Any:

@@ -9,5 +9,6 @@ from pydantic import Field
 from luthier.methods.dora.config import DoraConfig
 from luthier.methods.ia3.config import Ia3Config
 from luthier.methods.lora.config import LoraConfig
+from luthier.methods.qlora.config import QloraConfig
 
-MethodConfig = Annotated[LoraConfig | DoraConfig | Ia3Config, Field(discriminator="type")]
+MethodConfig = Annotated[LoraConfig | QloraConfig | DoraConfig | Ia3Config, Field(discriminator="type")]

@@ -7,9 +7,29 @@ Methods ask for products rather than for the weight, so that they hold over a ba
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from luthier.ops.nf4 import FrozenWeight, Nf4Weight, dense_weight
+from luthier.ops.product import frozen_product
+
+
+class LinearModule(Protocol):
+    """A module that computes W x + b: nn.Linear, or one that holds W in NF4."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @property
+    def weight(self) -> FrozenWeight: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
 
 class BaseLinear:
@@ -19,7 +39,7 @@ class BaseLinear:
         num_inputs, num_outputs: I and O.
     """
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: LinearModule) -> None:
         self.module = module
         self.num_inputs, self.num_outputs = module.in_features, module.out_features
         self._square_norms_O: Tensor | None = None
@@ -30,7 +50,8 @@ class BaseLinear:
 
     def product(self, x_nI: Tensor) -> Tensor:
         """W x, [n, O]."""
-        return F.linear(x_nI, self.module.weight)
+        weight = self.module.weight
+        return frozen_product(x_nI, weight) if isinstance(weight, Nf4Weight) else F.linear(x_nI, weight)
 
     @property
     def bias_O(self) -> Tensor | None:
@@ -53,11 +74,12 @@ class BaseLinear:
     @property
     def has_plain_weight(self) -> bool:
         """Whether the weight is there in numbers that a decomposition can be made of."""
-        return self.module.weight.is_floating_point()
+        return isinstance(self.module.weight, Tensor)
 
     @property
     def weight_OI(self) -> Tensor:
-        return self.module.weight.detach()
+        """In the layer's dtype; a weight in NF4 is dequantized anew."""
+        return dense_weight(self.module.weight, self.dtype).detach()
 
     def square_norms_O(self) -> Tensor:
         """|W_o|^2 of every row o, in float32 at least; computed once, for the base never changes."""

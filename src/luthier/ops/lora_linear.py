@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.ops.nf4 import FrozenWeight, dense_weight
 from luthier.ops.product import backward_product, forward_product
 
 
@@ -40,12 +41,12 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class FrozenLinear:
-    """A frozen layer's weight [O, I] and bias [O], with the updates that act on its rows, in order.
+    """A frozen layer's weight [O, I], plain or in NF4, and bias [O], with the updates that act on its rows, in order.
 
     Several updates may act on the same rows, and add up; others must not overlap.
     """
 
-    weight_OI: Tensor
+    weight_OI: FrozenWeight
     bias_O: Tensor | None
     updates: tuple[LowRank, ...]
 
@@ -54,7 +55,7 @@ def lora_linear_reference(x_TI: Tensor, layers: Sequence[FrozenLinear]) -> tuple
     """The outputs [T, O_l] of every layer, by plain operations. The definition that `lora_linear` is held against."""
     outputs = []
     for layer in layers:
-        y_TO = F.linear(x_TI, layer.weight_OI, layer.bias_O)
+        y_TO = F.linear(x_TI, dense_weight(layer.weight_OI, x_TI.dtype), layer.bias_O)
         parts, done = [], 0
         for (start, end), updates in _by_rows([layer]).items():
             y_nO = y_TO[start:end]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from luthier.base.adapter_files import read_adapter
 from luthier.base.fetch import resolve
+from luthier.base.identity import read_trained_over
 from luthier.base.load import Base
 from luthier.checkpoints.peft_format import slot_from_adapter
 from luthier.data.template import Renderer
@@ -128,7 +130,8 @@ def _open_adapter(path: Path) -> ChatSession:
     if files.base_name is None:
         raise ModelError(f"{path} does not say which base it was trained over", fix="set base_model_name_or_path in it")
     folder = resolve(files.base_name)
-    base = load_placed(_place(folder))
+    key = read_trained_over(files.folder)
+    base = load_placed(replace(_place(folder), quantization=key.quantization if key is not None else None))
     slot = slot_from_adapter(base, path)
     tokenizer = path if (path / "tokenizer.json").exists() else folder
     return ChatSession(base, Renderer.load(tokenizer), slot)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from luthier.base.adapter_files import read_adapter
 from luthier.base.fetch import resolve
-from luthier.base.identity import weights_identity
+from luthier.base.identity import read_trained_over, weights_identity
 from luthier.errors import ModelError, RunError
 from luthier.export.merged import check_free, export_merged
 from luthier.worker.progress import Progress, SilentProgress
@@ -30,9 +30,14 @@ def export_run(run: str | Path, output: Path, *, dtype: str = "auto", progress: 
     check_free(output)
     path = Path(run)
     base_folder, adapter = _of_run(path, progress) if RunFolder(path).has_state else _of_adapter(path, progress)
-    return export_merged(
-        base_folder, adapter, output, dtype=None if dtype == "auto" else dtype, on_progress=progress.stage
-    )
+    export_merged(base_folder, adapter, output, dtype=None if dtype == "auto" else dtype, on_progress=progress.stage)
+    key = read_trained_over(read_adapter(adapter).folder)
+    if key is not None and key.quantization is not None:
+        progress.note(
+            "merged onto the dequantized base that the adapter was trained over in "
+            f"{key.quantization.upper()}, not onto the base's original weights; {output / 'README.md'} says what that means"
+        )
+    return output
 
 
 def _of_run(path: Path, progress: Progress) -> tuple[Path, Path]:

@@ -18,6 +18,7 @@ from luthier.data.template import Renderer
 from luthier.engine.pack import BASE_SLOT
 from luthier.engine.slot import Slot
 from luthier.errors import RecipeError, RunError
+from luthier.extras import require_bitsandbytes
 from luthier.recipe import DataConfig, Recipe
 from luthier.tasks.registry import task_for
 from luthier.types import AdapterSpec
@@ -34,14 +35,22 @@ class Placement:
     folder: Path
     device: str
     dtype: str
+    quantization: str | None = None
+
+    def __str__(self) -> str:
+        held = f"{self.quantization.upper()}, computed in {self.dtype}," if self.quantization else self.dtype
+        return f"{self.folder.name} in {held} on {self.device}"
 
 
 def placement_of(recipe: Recipe, say: Callable[[str], None] = lambda text: None) -> Placement:
     """Fetch the recipe's base if need be, and settle device and dtype.
 
     Raises:
-        RecipeError: for a device that is not here.
+        RecipeError: for a device that is not here, or a quantized base without bitsandbytes.
     """
+    quantization = recipe.method.quantization
+    if quantization is not None:
+        require_bitsandbytes(f"method: {recipe.method.type}")
     device = recipe.compute.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,14 +59,34 @@ def placement_of(recipe: Recipe, say: Callable[[str], None] = lambda text: None)
     dtype = recipe.train.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return Placement(resolve(recipe.base, say), device, dtype)
+    return Placement(resolve(recipe.base, say), device, dtype, quantization)
+
+
+def check_optimizer(recipe: Recipe, device: str) -> None:
+    """Refuse, before anything is loaded, an optimizer that cannot run on `device`.
+
+    Raises:
+        RecipeError: for bitsandbytes' without bitsandbytes, and for paged moments on a CPU.
+    """
+    name = recipe.train.optimizer
+    if name == "adamw":
+        return
+    require_bitsandbytes(f"train.optimizer: {name}")
+    if name.startswith("paged") and not device.startswith("cuda"):
+        raise RecipeError(
+            f"train.optimizer is {name}, and the job runs on {device}",
+            "a CUDA device: paging moves moments from a GPU's memory to the host's, and on a CPU there is only the one",
+            f"set train.optimizer: {name.removeprefix('paged_')}",
+        )
 
 
 def load_placed(placement: Placement, threads: int | None = None) -> Base:
     """Load the base where `placement` says."""
     if placement.device == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    return load_base(placement.folder, device=placement.device, dtype=placement.dtype)
+    return load_base(
+        placement.folder, device=placement.device, dtype=placement.dtype, quantization=placement.quantization
+    )
 
 
 def public_name(base: str) -> str:

@@ -436,6 +436,8 @@ class Run:
             "micro_batch_tokens": self.job.micro_batch_tokens,
             "device": device,
             "base_sha256": self._base_identity(),
+            "base_quantization": self.base.quantization,
+            "base_dtype": str(self.base.dtype).removeprefix("torch."),
             "data_sha256": self.data.data_hash,
         }
 

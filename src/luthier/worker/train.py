@@ -18,7 +18,7 @@ from luthier.engine.memory import MemoryPlan, fit_micro_batches, plan_memory
 from luthier.engine.targets import check_layers
 from luthier.errors import MemoryShortError, RecipeError
 from luthier.recipe import Recipe
-from luthier.worker.loading import Placement, load_placed, placement_of
+from luthier.worker.loading import Placement, check_optimizer, load_placed, placement_of
 from luthier.worker.progress import Progress, SilentProgress
 from luthier.worker.run import Run, RunResult
 
@@ -109,11 +109,11 @@ def _common_placement(recipes: Sequence[Recipe], progress: Progress) -> Placemen
         raise RecipeError(f"two recipes write to {max(outputs, key=outputs.count)}", "an `output` of its own for each")
     placements = [placement_of(recipe, progress.note) for recipe in recipes]
     for recipe, placement in zip(recipes, placements, strict=True):
+        check_optimizer(recipe, placement.device)
         if placement != placements[0]:
             raise RecipeError(
-                f"recipes train together on one base, and {recipe.output} asks for {placement.folder.name} in "
-                f"{placement.dtype} on {placement.device}",
-                f"{placements[0].folder.name} in {placements[0].dtype} on {placements[0].device}, as the first",
+                f"recipes train together on one base, and {recipe.output} asks for {placement}",
+                f"{placements[0]}, as the first",
                 "train it by itself, in a `luthier train` of its own",
             )
     return placements[0]
@@ -158,11 +158,16 @@ def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> None:
 
 def _memory_rows(plan: MemoryPlan, base: Base) -> list[tuple[str, str]]:
     return [
-        ("base", f"{_gib(plan.base)} as {str(base.dtype).removeprefix('torch.')}, loaded"),
+        ("base", f"{_gib(plan.base)} as {_held(base)}, loaded"),
         ("adapters, gradients, optimizer", _gib(plan.adapters + plan.gradients + plan.optimizer)),
         ("activations", f"{_gib(plan.activations)} at most"),
         ("still to be taken", f"{_gib(plan.needed)} of {_gib(plan.available)} free"),
     ]
+
+
+def _held(base: Base) -> str:
+    dtype = str(base.dtype).removeprefix("torch.")
+    return f"{base.quantization.upper()} ({dtype} besides)" if base.quantization else dtype
 
 
 def _gib(num_bytes: int) -> str:

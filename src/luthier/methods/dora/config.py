@@ -26,17 +26,14 @@ class DoraConfig(Strict):
     """rsLoRA: scale by alpha / sqrt(rank), which keeps learning stable at high ranks (arXiv:2312.03732)."""
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     """LoRA+: B's learning rate as a multiple of A's and the magnitudes' (arXiv:2402.12354)."""
+    quantization: Literal["nf4"] | None = None
+    """nf4 holds the base in 4 bits, as QLoRA does (luthier[qlora])."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linear layers to adapt, by the end of their names, as in [q_proj, v_proj]; or all but the output layer."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained in full besides, by the end of their names, as in [lm_head]."""
     new_tokens: list[str] = Field(default_factory=list)
     """Tokens added to the vocabulary (or found in it), whose embeddings are trained."""
-
-    @property
-    def quantization(self) -> Literal["nf4"] | None:
-        """How the base is held."""
-        return None
 
     def adapter_spec(self) -> AdapterSpec:
         """The plain values for the engine; new tokens' ids and classes are filled in once the tokenizer is known."""

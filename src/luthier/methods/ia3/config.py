@@ -16,6 +16,8 @@ class Ia3Config(Strict):
     runs: ClassVar[Literal["bank", "exclusive"]] = "bank"
 
     type: Literal["ia3"] = "ia3"
+    quantization: Literal["nf4"] | None = None
+    """nf4 holds the base in 4 bits, as QLoRA does (luthier[qlora])."""
     targets: Literal["default"] | list[str] = "default"
     """Linear layers to scale, by the end of their names; default is keys, values and the feed-forward's down projection
     (the whole of a projection that holds queries, keys and values in one)."""
@@ -32,11 +34,6 @@ class Ia3Config(Strict):
             if stray := [name for name in self.feedforward if name not in self.targets]:
                 raise ValueError(f"feedforward names {stray[0]!r}, which is not among targets {list(self.targets)}")
         return self
-
-    @property
-    def quantization(self) -> Literal["nf4"] | None:
-        """How the base is held."""
-        return None
 
     @property
     def new_tokens(self) -> list[str]:

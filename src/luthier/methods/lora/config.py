@@ -43,7 +43,7 @@ class LoraConfig(Strict):
     def adapter_spec(self) -> AdapterSpec:
         """The plain values for the engine; new tokens' ids and classes are filled in once the tokenizer is known."""
         return AdapterSpec(
-            method=self.type,
+            method="lora",
             rank=self.rank,
             alpha=self.alpha,
             dropout=self.dropout,
