@@ -1,4 +1,4 @@
-"""Packages that only some recipes need: each belongs to an extra of Luthier, and its absence is said before any work."""
+"""Packages that only some recipes need: each is an extra of Luthier, and its absence is said before any work."""
 
 from __future__ import annotations
 

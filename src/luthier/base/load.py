@@ -314,7 +314,7 @@ def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
-    return model.to(device)
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -124,7 +124,7 @@ def _taken_over(model: Any, dtype: torch.dtype) -> dict[str, Nf4Weight]:
                 "layers of the type torch.nn.Linear",
                 "choose another base; `luthier models` lists some",
             )
-        weights[name] = Nf4Weight(module.weight.data, module.weight.quant_state, dtype)
+        weights[name] = Nf4Weight(module.weight.data, module.weight.quant_state, dtype)  # type: ignore[attr-defined]
     for note in ("hf_quantizer", "quantization_method"):
         if hasattr(model, note):
             delattr(model, note)

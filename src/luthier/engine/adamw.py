@@ -143,7 +143,7 @@ class BitsandbytesAdamW:
         self._parameters = {name: p for group in by_ratio.values() for name, p in group.items()}
         odd = next((name for name, p in self._parameters.items() if p.dtype != torch.float32), None)
         if odd is not None:
-            raise ValueError(f"{odd} is {self._parameters[odd].dtype}; bitsandbytes steps float32 parameters alone here")
+            raise ValueError(f"{odd} is {self._parameters[odd].dtype}; bitsandbytes steps float32 alone here")
         self._places = {
             name: (at, index) for at, group in enumerate(by_ratio.values()) for index, name in enumerate(group)
         }

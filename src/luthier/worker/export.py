@@ -34,8 +34,8 @@ def export_run(run: str | Path, output: Path, *, dtype: str = "auto", progress: 
     key = read_trained_over(read_adapter(adapter).folder)
     if key is not None and key.quantization is not None:
         progress.note(
-            "merged onto the dequantized base that the adapter was trained over in "
-            f"{key.quantization.upper()}, not onto the base's original weights; {output / 'README.md'} says what that means"
+            f"merged onto the base as it was in training, dequantized from {key.quantization.upper()}, not onto its "
+            f"original weights; {output / 'README.md'} says what that means"
         )
     return output
 

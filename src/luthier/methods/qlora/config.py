@@ -10,7 +10,7 @@ from luthier.methods.lora.config import LoraConfig
 
 
 class QloraConfig(LoraConfig):
-    """LoRA over a base in 4 bits (Dettmers et al. 2023, arXiv:2305.14314): y = dequantize(W_nf4) x + (alpha / r) B A x."""
+    """LoRA over a base in 4 bits (Dettmers et al. 2023, arXiv:2305.14314): y = dequantize(W) x + (alpha / r) B A x."""
 
     type: Literal["qlora"] = "qlora"  # type: ignore[assignment]
     init: Literal["default"] = "default"  # type: ignore[assignment]
