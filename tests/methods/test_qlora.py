@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     version = importlib.metadata.version
 
     def missing(name: str) -> Any:
@@ -43,7 +42,6 @@ def no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    yield
 
 
 def test_a_run_learns_and_says_what_it_was_trained_over(trained: Path, tiny_llama: Path, tmp_path: Path) -> None:
