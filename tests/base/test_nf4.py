@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny_models import write_tiny_llama
 
 from luthier.base.load import Base, load_base
 from luthier.errors import ModelError, RecipeError
+from luthier.extras import MINIMUM_BITSANDBYTES
 from luthier.types import AdapterSpec
 
 
@@ -118,6 +120,11 @@ def test_without_bitsandbytes_the_extra_is_named(tiny_llama: Path, monkeypatch: 
     )
     with pytest.raises(RecipeError, match=r"(?s)0\.45\.1 is installed.*0\.50 or later"):
         load_base(tiny_llama, quantization="nf4")
+
+
+def test_the_extra_asks_for_what_the_check_asks_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["qlora"] == [f"bitsandbytes>={MINIMUM_BITSANDBYTES}"]
 
 
 def test_a_base_without_linear_layers_is_refused(tmp_path: Path) -> None:

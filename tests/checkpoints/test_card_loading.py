@@ -23,16 +23,23 @@ from luthier.types import AdapterSpec
 LABELS = ["cold", "warm", "hot"]
 
 
-def write_run(base_folder: Path, run: Path, spec: AdapterSpec, new_tokens: tuple[str, ...] = ()) -> tuple[Base, Slot]:
+def write_run(
+    base_folder: Path,
+    run: Path,
+    spec: AdapterSpec,
+    new_tokens: tuple[str, ...] = (),
+    quantization: str | None = None,
+) -> tuple[Base, Slot]:
     """What of a run's folder the card reads and names."""
     renderer = Renderer.load(base_folder, new_tokens)
-    base = load_base(base_folder, dtype="float32")
+    base = load_base(base_folder, dtype="float32", quantization=quantization)
     slot = stirred(base, spec)
     labels = LABELS if spec.num_classes else None
     write_adapter(slot, base, run / "adapter", base_name=str(base_folder), labels=labels, pad_token_id=renderer.pad_id)
     renderer.save(run / "adapter")
     task = "classification" if spec.num_classes else "chat"
     (run / "recipe.yaml").write_text(yaml.safe_dump({"task": task, "output": str(run)}), encoding="utf-8")
+    (run / "result.json").write_text(json.dumps({"base_quantization": quantization, "base_dtype": "float32"}))
     (run / "data.json").write_text(json.dumps({"labels": labels or []}), encoding="utf-8")
     return base, slot
 
@@ -86,4 +93,17 @@ def test_tokens_past_the_vocabulary_load_as_the_card_says(num_classes: int | Non
     assert loaded["tokenizer"]("<on><off>")["input_ids"] == [full, full + 1]
     sequences = sequences_for(spec, 200)
     theirs = model_logits(loaded["model"], sequences, classifies=num_classes is not None)
+    assert distance(slot_logits(base, slot, sequences), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_an_adapter_over_nf4_loads_over_nf4_as_the_card_says(
+    base_folder: Path, num_classes: int | None, tmp_path: Path
+) -> None:
+    spec = AdapterSpec(rank=3, num_classes=num_classes)
+    base, slot = write_run(base_folder, tmp_path, spec, quantization="nf4")
+    model = load_by_card(tmp_path)["model"].train()  # see nf4_models: evaluation mode repacks on some CPUs
+    assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
+    sequences = sequences_for(spec)
+    theirs = model_logits(model, sequences, classifies=num_classes is not None)
     assert distance(slot_logits(base, slot, sequences), theirs) < 1e-4

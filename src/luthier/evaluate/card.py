@@ -69,25 +69,50 @@ def loading_code(record: RunRecord) -> str:
     """Python that loads the adapter with transformers and peft alone."""
     folder = repr(str(Path(record.shown_path) / "adapter"))
     if record.is_classification:
-        return _classifier_code(folder)
+        return _classifier_code(folder, record)
+    imports = "AutoTokenizer" + (", BitsAndBytesConfig" if _is_nf4(record) else "")
+    quantized = f", {_NF4_ARGUMENTS}" if _is_nf4(record) else ""
     return (
         "from peft import AutoPeftModelForCausalLM\n"
-        "from transformers import AutoTokenizer\n\n"
+        f"from transformers import {imports}\n\n"
         f"folder = {folder}\n"
-        "model = AutoPeftModelForCausalLM.from_pretrained(folder)\n"
+        f"{_quantization_code(record)}"
+        f"model = AutoPeftModelForCausalLM.from_pretrained(folder{quantized})\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)"
     )
 
 
-def _classifier_code(folder: str) -> str:
+_NF4_ARGUMENTS = "quantization_config=quantization, dtype=quantization.bnb_4bit_compute_dtype"
+
+
+def _is_nf4(record: RunRecord) -> bool:
+    return record.result.get("base_quantization") == "nf4"
+
+
+def _quantization_code(record: RunRecord) -> str:
+    """Lines that say how the base is held in 4 bits; none for one that is not."""
+    if not _is_nf4(record):
+        return ""
+    return (
+        "quantization = BitsAndBytesConfig(  # the base as the adapter was trained over it\n"
+        '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n'
+        f'    bnb_4bit_compute_dtype="{_plain(record.result.get("base_dtype") or "float32")}",\n'
+        ")\n"
+    )
+
+
+def _classifier_code(folder: str, record: RunRecord) -> str:
     """The base's own config lacks the classes and, at times, the padding token by which the last token is found."""
+    quantized = f",\n    {_NF4_ARGUMENTS}" if _is_nf4(record) else ""
     return (
         "from peft import AutoPeftModelForSequenceClassification\n"
-        "from transformers import AutoConfig, AutoTokenizer\n\n"
+        f"from transformers import AutoConfig, AutoTokenizer{', BitsAndBytesConfig' if _is_nf4(record) else ''}\n\n"
         f"folder = {folder}\n"
+        f"{_quantization_code(record)}"
         'config = AutoConfig.from_pretrained(folder, subfolder="classifier")  # names of the classes, padding token\n'
         "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
-        "    folder, id2label=config.id2label, label2id=config.label2id, pad_token_id=config.pad_token_id\n"
+        "    folder, id2label=config.id2label, label2id=config.label2id, pad_token_id=config.pad_token_id"
+        f"{quantized}\n"
         ")\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)"
     )
@@ -119,7 +144,7 @@ def _base(record: RunRecord) -> tuple[str, str | None]:
 
 def _opening(record: RunRecord) -> str:
     base, _ = _base(record)
-    method = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)³"}.get(record.method, record.method)
+    method = {"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "ia3": "(IA)³"}.get(record.method, record.method)
     line = summary.headline(record.evaluation)
     text = f"An adapter for `{_plain(base)}`, tuned with Luthier" + (
         f" ({_plain(method)}, task {_plain(record.task)})." if method else "."
@@ -178,6 +203,8 @@ def _limits(record: RunRecord) -> list[str]:
         "Held-out rows come from the same source as the training rows: scores say little about other kinds of input.",
         "Nothing here tests for harmful, private or untrue replies.",
     ]
+    if _is_nf4(record):
+        limits.append("It was trained over its base in NF4; on the base in full precision it is another model.")
     verdict = summary.verdict(record.evaluation)
     if not summary.headline(record.evaluation):
         limits.insert(0, "Whether it is better than its base is not known: it was not judged.")
