@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,16 @@ def test_without_bitsandbytes_the_extra_is_named(tiny_llama: Path, monkeypatch: 
 def test_the_extra_asks_for_what_the_check_asks_for() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["qlora"] == [f"bitsandbytes>={MINIMUM_BITSANDBYTES}"]
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_base_that_is_stored_quantized_is_refused(quantization: str | None, tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"stored quantized already \(bitsandbytes\)"):
+        load_base(folder, quantization=quantization)
 
 
 def test_a_base_without_linear_layers_is_refused(tmp_path: Path) -> None:

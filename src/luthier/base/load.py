@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.base.attention import PACKED_ATTENTION
+from luthier.base.folder import read_json
 from luthier.base.identity import BaseKey, base_revision, weights_identity
 from luthier.base.nf4 import hold_in_nf4, load_nf4, nf4_weights
 from luthier.base.rope import PerSequenceRotary, wrap_longrope
@@ -289,6 +290,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
+    _check_full_precision(folder)
     wanted, place = torch_dtype(dtype), torch.device(device)
     source = torch_dtype(quantized_from or dtype)
     try:
@@ -306,6 +308,19 @@ def load_base(
             "a folder with config.json and safetensors weights of an architecture that transformers knows",
         ) from error
     return Base(model, Path(folder), use_reference=use_reference)
+
+
+def _check_full_precision(folder: Path) -> None:
+    """Refuse a base that is stored quantized: its weights are not there to be held as they were."""
+    config = Path(folder) / "config.json"
+    stored = read_json(config).get("quantization_config") if config.is_file() else None
+    if stored:
+        method = stored.get("quant_method", "some way") if isinstance(stored, dict) else "some way"
+        raise ModelError(
+            f"{folder} is stored quantized already ({method})",
+            "weights in float32, bfloat16 or float16",
+            "name the model that it was made of; `method: {type: qlora}` holds that in 4 bits as it is loaded",
+        )
 
 
 def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -35,6 +35,7 @@ from luthier.checkpoints.peft_read import slot_from_adapter
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError, StorageError
 from luthier.export.compare import Tokens, distance, model_logits, random_sequences, slot_logits
+from luthier.export.nf4_card import nf4_card
 from luthier.files import atomic_folder, write_text
 from luthier.methods.method import LayerAdapter
 from luthier.ops.nf4 import Nf4Weight
@@ -207,22 +208,6 @@ def merge(model: Any, slot: Slot) -> None:
                 f"transformers' classifier {type(model).__name__} has no plain head", "a head of one matrix"
             )
         getattr(model, HEAD).weight.copy_(slot.head.weight)
-
-
-def nf4_card(key: BaseKey) -> str:
-    """What a model that was merged over NF4 is, for its folder's README.md."""
-    return f"""# A model tuned with QLoRA and merged
-
-The adapter was trained over its base in NF4 with double quantization (bitsandbytes, compute type {key.dtype}). It was
-merged onto the *dequantized* base: the values that the 4-bit weights stand for, plus the adapter's update. These are
-not the base's original weights plus the update; that would be another model, which nobody trained or judged.
-
-- The linear layers carry NF4's rounding of the base for good, though they are stored in a wider type now.
-- Loaded as it is, this model says what base and adapter said in training; that was compared before the folder appeared.
-- Quantized to 4 bits again it is rounded a second time. To stay in 4 bits, load the base in NF4 and the adapter on it.
-
-Weights of the base: SHA-256 `{key.weights_hash}`
-"""
 
 
 # -- stages
