@@ -3,7 +3,7 @@
 Shapes: M rows, K inputs, N outputs.
 
 A weight in NF4 is dequantized for the product and let go at once, so each of the two products does it anew: a step
-holds one dense layer at a time, and a dequantization costs a hundredth of a product of some hundred rows.
+holds one dense layer at a time, and pays for it as if it had some fifty rows more (docs/methods/qlora.md).
 
 MKL gives AMD processors its AVX2 kernels even where AVX-512 is there; oneDNN does not, and runs these float32 products
 1.05 to 1.4 times faster on such a machine. The choice depends on the processor alone, never on a timing, so that a
