@@ -105,6 +105,12 @@ def test_a_quantized_layer_is_not_trained_in_full(base: Base) -> None:
     assert base.bank.add(AdapterSpec(modules_to_save=("lm_head",)), 0).saved_modules.keys() == {"lm_head"}
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_the_weights_numbers_is_refused(base: Base, init: str) -> None:
+    with pytest.raises(RecipeError, match=f"method.init is {init}.*is quantized"):
+        base.bank.add(AdapterSpec(rank=2, init=init), 0)  # type: ignore[arg-type]
+
+
 def test_without_bitsandbytes_the_extra_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = importlib.metadata.version
 

@@ -268,7 +268,11 @@ def test_it_is_gone_on_from(trained: Trained, tmp_path: Path) -> None:
     luthier.train(recipe)
     [loss] = Trained(trained.row, trained.base, tmp_path / "more").losses
     assert loss <= trained.losses[0] - trained.row.loss_falls_by
-    other = {"type": "ia3"} if trained.row.method["type"] != "ia3" else {"type": "lora"}
+    # Another method over the same base, for another quantization is refused for itself.
+    is_nf4 = luthier.load_recipe(recipe).method.quantization == "nf4"
+    other: dict[str, Any] = {"type": "qlora" if is_nf4 else "lora"}
+    if trained.row.method["type"] != "ia3":
+        other = {"type": "ia3", "quantization": "nf4" if is_nf4 else None}
     with pytest.raises(RecipeError, match=r"start_from: .* is "):
         luthier.train(recipe | {"method": other, "output": str(tmp_path / "other")})
 

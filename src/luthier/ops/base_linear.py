@@ -74,7 +74,7 @@ class BaseLinear:
     @property
     def has_plain_weight(self) -> bool:
         """Whether the weight is there in numbers that a decomposition can be made of."""
-        return isinstance(self.module.weight, Tensor)
+        return isinstance(self.module.weight, Tensor) and self.module.weight.is_floating_point()
 
     @property
     def weight_OI(self) -> Tensor:
