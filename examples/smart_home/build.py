@@ -19,7 +19,10 @@ SEED = 20
 SPLITS = ("train", "test")
 
 REFUSAL = "unsupported"
-ACTIONS = ("on", "off", "set", "up", "down", "open", "close", "lock", "unlock", "play", "pause")
+ACTIONS = (
+    *("on", "off", "set", "open", "close", "lock", "unlock", "play", "pause"),
+    *("brighter", "dimmer", "warmer", "cooler", "louder", "quieter"),
+)
 
 
 def _same(*names: str) -> list[tuple[str, str]]:
@@ -30,65 +33,39 @@ def _as(canonical: str, *names: str) -> list[tuple[str, str]]:
     return [(name, canonical) for name in names]
 
 
-def _spoken(**numbers: int) -> list[tuple[str, str]]:
-    return [(word.replace("_", "-"), str(number)) for word, number in numbers.items()]
-
-
-ROOMS = _same("kitchen", "bedroom", "living room", "bathroom", "office", "hallway", "nursery", "dining room")
-PERCENT = _same(*(str(number) for number in range(5, 100, 5)))
-PERCENT_WORDS = _spoken(
-    ten=10, twenty=20, thirty=30, forty=40, fifty=50, sixty=60, seventy=70, eighty=80, ninety=90, twenty_five=25,
-    thirty_five=35, sixty_five=65, seventy_five=75, fifteen=15,
-)  # fmt: skip
-DEGREES = _same(*(str(number) for number in range(16, 26)))
+ROOMS = _same("kitchen", "bedroom", "living room", "bathroom", "office", "hallway")
 CLOCK = _same(
-    *("5:15 am", "6 am", "6:30 am", "7 am", "7:45 am", "8 am", "8:20 am", "9:30 am", "10 am", "11:10 am", "noon"),
+    *("5 am", "6 am", "6:30 am", "7 am", "7:45 am", "8 am", "8:20 am", "9:30 am", "10 am", "11:10 am", "noon"),
     *("1 pm", "2:30 pm", "3 pm", "4:45 pm", "5 pm", "5:30 pm", "6:15 pm", "7 pm", "7:30 pm", "8 pm", "8:45 pm"),
-    *("9 pm", "10 pm", "10:30 pm", "11 pm", "midnight", "6:40", "7:05", "12:15", "14:20", "17:05", "19:45", "21:30"),
+    *("9 pm", "10 pm", "10:30 pm", "11 pm", "midnight"),
 )
 MINUTES = [
-    *[(f"{number} minutes", str(number)) for number in (2, 3, 5, 8, 10, 12, 15, 20, 25, 40, 45, 50)],
-    *[(f"{word} minutes", number) for word, number in _spoken(five=5, ten=10, fifteen=15, twenty=20, thirty=30)],
-    *[("half an hour", "30"), ("half an hour", "30"), ("an hour", "60"), ("an hour", "60")],
+    *[(f"{number} minutes", str(number)) for number in (2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 45, 50)],
+    *[("an hour", "60"), ("an hour", "60")],
 ]
 
 # Slot -> what a person says and what the reply says.
 SLOTS: dict[str, list[tuple[str, str]]] = {
     "room": ROOMS,
     "rd": _same("light", "light", "fan", "heating", "TV", "speaker"),
-    "lamp": _as("light", "light", "lamp", "ceiling light"),
-    "blinds": _as("blinds", "blinds", "curtains", "shutters", "shades"),
-    "warmer": _as("heating", "heating", "radiator", "thermostat"),
-    "fan": _as("fan", "fan", "ceiling fan"),
-    "telly": _as("TV", "TV", "telly", "television"),
+    "lamp": _as("light", "light", "lamp"),
+    "blinds": _as("blinds", "blinds", "curtains", "shutters"),
+    "telly": _as("TV", "TV", "television"),
     "door": _same("front door", "back door"),
-    "machine": [
-        *_same("dishwasher", "washing machine", "coffee maker", "vacuum"),
-        *[("robot vacuum", "vacuum"), ("coffee machine", "coffee maker")],
-    ],
-    "gadget": [
-        *_same(
-            "sauna", "hot tub", "pool pump", "kettle", "toaster", "microwave", "dryer", "humidifier", "air purifier"
-        ),
-        *_same("printer", "projector", "fountain", "lawn mower", "sprinkler", "fridge", "freezer", "electric blanket"),
-        *_same("treadmill", "game console", "laptop", "rice cooker", "blender", "shower", "record player", "sunbed"),
-    ],
-    "hatch": _same("window", "skylight", "gate", "cupboard", "safe", "mailbox", "cat flap", "wardrobe", "drawer"),
-    "appliance": _same("oven", "alarm", "dishwasher", "washing machine", "coffee maker", "vacuum"),
-    "pct": PERCENT,
-    "pctw": PERCENT_WORDS,
-    "deg": DEGREES,
-    "degw": _spoken(seventeen=17, eighteen=18, nineteen=19, twenty=20, twenty_one=21, twenty_two=22, twenty_three=23),
+    "machine": _same("dishwasher", "washing machine", "coffee maker", "vacuum"),
+    "gadget": _same("kettle", "toaster", "microwave", "fridge", "printer", "projector", "sauna", "lawn mower"),
+    "hatch": _same("window", "gate", "cupboard"),
+    "pct": _same(*(str(number) for number in range(5, 100, 5))),
+    "deg": _same(*(str(number) for number in range(16, 26))),
     "speed": _same("1", "2", "3", "4", "5"),
-    "speedw": _spoken(one=1, two=2, three=3, four=4, five=5),
     "oven": _same(*(str(number) for number in range(150, 260, 10))),
-    "genre": _same("jazz", "rock", "pop", "blues", "soul", "folk", "disco", "opera", "reggae", "techno"),
+    "genre": _same("jazz", "rock", "pop", "disco", "reggae", "techno"),
     "clock": CLOCK,
     "dur": MINUTES,
 }
 
-# A reply names a spoken number by the slot of its digits.
-REPLY_NAME = {"pctw": "pct", "degw": "deg", "speedw": "speed"}
+# The slots that hold what the home lacks.
+LACKING = {"gadget", "hatch"}
 
 
 class Wording(NamedTuple):
@@ -133,11 +110,9 @@ def fill(wording: Wording, deck: Deck) -> dict[str, Any]:
         taken = {value for other, value in meant.items() if other.rstrip("0123456789") == slot}
         text, canonical = deck.deal(slot, taken)
         said[name] = text[0].upper() + text[1:] if name[0].isupper() else text
-        key = name.lower()
-        meant[REPLY_NAME.get(key, key)] = canonical
-    fixed = {slot: fillings[0][1] for slot, fillings in SLOTS.items()}
+        meant[name.lower()] = canonical
     request = wording.request.format(**said)
-    reply = wording.reply.format(**{**fixed, **meant})
+    reply = wording.reply.format(**meant)
     return {
         "messages": [
             {"role": "system", "content": SYSTEM},
@@ -184,8 +159,11 @@ def rows(split: str) -> Iterator[dict[str, Any]]:
 
 
 def _num_rows(wording: Wording, split: str) -> int:
-    """Two training rows for a wording that says two or more things; every other wording gives one."""
-    return 2 if split == "train" and wording.reply != REFUSAL and wording.request.count("{") > 1 else 1
+    """How often a wording is filled: a held-out one once; a training one two or three times, if it says something."""
+    slots = set(re.findall(r"{([a-z]+)", wording.request.lower()))
+    if split == "test" or not slots or (wording.reply == REFUSAL and not slots & LACKING):
+        return 1
+    return 3 if "; " in wording.reply or len(slots) > 2 else 2
 
 
 def text(split: str) -> str:

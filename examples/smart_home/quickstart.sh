@@ -27,7 +27,7 @@ echo
 echo "Some requests that are not in the data, answered by the base and by the tuned model:"
 echo
 luthier chat "$run" --base --max-new-tokens 64 \
-    --ask "it's freezing in the nursery, make it 22 degrees" \
+    --ask "it's freezing in the office, make it 22 degrees" \
     --ask "lights off in the hallway and lock the back door" \
     --ask "what is the meaning of life?"
 

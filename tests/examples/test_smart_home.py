@@ -15,14 +15,14 @@ from luthier.recipe import load_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smart_home"
 SPLITS = ("train", "test")
-ROOMS = ("kitchen", "bedroom", "living room", "bathroom", "office", "hallway", "nursery", "dining room")
+ROOMS = ("kitchen", "bedroom", "living room", "bathroom", "office", "hallway")
 ROOM_ACTIONS = {
-    "light": {"on", "off", "set", "up", "down"},
+    "light": {"on", "off", "set", "brighter", "dimmer"},
     "blinds": {"open", "close", "set"},
-    "heating": {"on", "off", "set", "up", "down"},
-    "fan": {"on", "off", "set", "up", "down"},
-    "speaker": {"on", "off", "set", "up", "down", "play", "pause"},
-    "TV": {"on", "off", "set", "up", "down", "pause"},
+    "heating": {"on", "off", "set", "warmer", "cooler"},
+    "fan": {"on", "off", "set"},
+    "speaker": {"on", "off", "set", "louder", "quieter", "play", "pause"},
+    "TV": {"on", "off", "louder", "quieter", "pause"},
 }
 HOUSE_ACTIONS = {
     "all lights": {"on", "off", "set"},
@@ -37,11 +37,7 @@ HOUSE_ACTIONS = {
     "washing machine": {"on", "off"},
     "vacuum": {"on", "off"},
 }
-ALLOWED = (
-    HOUSE_ACTIONS
-    | ROOM_ACTIONS
-    | {f"{room} {device}": ROOM_ACTIONS[device] for room in ROOMS for device in ROOM_ACTIONS}
-)
+ALLOWED = HOUSE_ACTIONS | {f"{room} {device}": ROOM_ACTIONS[device] for room in ROOMS for device in ROOM_ACTIONS}
 REFUSAL = '{"error":"unsupported"}'
 
 
@@ -111,7 +107,7 @@ def test_every_reply_is_in_canonical_form(split: str) -> None:
         if isinstance(reply, dict):
             assert _reply(row) == REFUSAL
             continue
-        assert 1 <= len(reply) <= 3
+        assert 1 <= len(reply) <= 2
         for step in reply:
             _check_step(step)
 
@@ -127,8 +123,8 @@ def _check_step(step: dict[str, Any]) -> None:
     if step["action"] == "play":
         assert isinstance(step["value"], str)
     assert not {"at", "in"} <= set(step)
-    assert re.fullmatch(r"\d\d?(:[0-5]\d)? [ap]m|\d\d?:[0-5]\d|noon|midnight", step.get("at", "noon"))
-    assert 1 <= step.get("in", 1) <= 120
+    assert re.fullmatch(r"\d\d?(:[0-5]\d)? [ap]m|noon|midnight", step.get("at", "noon"))
+    assert 1 <= step.get("in", 1) <= 60
 
 
 def test_every_value_of_a_reply_was_said_in_the_request() -> None:
@@ -138,14 +134,12 @@ def test_every_value_of_a_reply_was_said_in_the_request() -> None:
         }
         for value in {canonical for fillings in BUILD.SLOTS.values() for _, canonical in fillings}
     }
-    shares = {"50": {"half", "halfway"}, "100": {"full"}, "25": {"quarter"}}
     for row in _rows("train") + _rows("test"):
         reply = json.loads(_reply(row))
         for step in reply if isinstance(reply, list) else []:
             for name in {"value", "at", "in"} & set(step):
                 value = str(step[name])
-                ways = said_as.get(value, set()) | shares.get(value, set())
-                assert any(re.search(rf"\b{re.escape(way)}\b", _request(row).lower()) for way in ways), row
+                assert any(re.search(rf"\b{re.escape(way)}\b", _request(row).lower()) for way in said_as[value]), row
 
 
 def test_held_out_wordings_do_not_repeat_in_training() -> None:
@@ -160,7 +154,7 @@ def test_held_out_wordings_do_not_repeat_among_themselves() -> None:
 
 
 def test_the_mask_hides_what_a_slot_may_hold() -> None:
-    assert _masked("Set the kitchen light to 40 percent, please.") == _masked("set the OFFICE fan to twenty-five")
+    assert _masked("Set the kitchen light to 40 percent, please.") == _masked("set the OFFICE fan to 5")
     assert _masked("Lock the front door at 7:30 am") == _masked("Lock the back door at midnight!")
     assert _masked("Open the kitchen blinds") != _masked("Close the kitchen blinds")
 
@@ -189,8 +183,8 @@ def test_the_recipe_validates_and_names_the_rows() -> None:
     assert Path(recipe.data.train).resolve() == EXAMPLE / "train.jsonl"
     assert Path(recipe.data.validation).resolve() == EXAMPLE / "test.jsonl"
     assert recipe.evaluation.shots == 3
-    # The longest reply of both files is 40 of the default base's tokens, its end of turn included.
-    assert recipe.evaluation.max_new_tokens >= 40
+    # The longest reply of both files is 34 of the default base's tokens, its end of turn included.
+    assert recipe.evaluation.max_new_tokens >= 34
     # The best of several checkpoints would be chosen by the rows that then judge it.
     assert not recipe.train.keep_best
     assert recipe.evaluation.rows == recipe.evaluation.generate_rows == len(_rows("test"))
