@@ -103,6 +103,32 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExclusiveSpec:
+    """How an exclusive job changes a base of its own: plain values, already validated.
+
+    Attributes:
+        method: "full", "last_layers", "bias" or "peft".
+        num_layers: Blocks that `last_layers` trains.
+        peft_type: PEFT's own word for the method, as in "BOFT", where `method` is "peft".
+        options: Fields of PEFT's config of that method.
+        num_classes: Size of the sequence head, or None for none.
+        total_steps: Optimizer steps of the job, for a method that plans with them (AdaLoRA).
+    """
+
+    method: str
+    num_layers: int = 0
+    peft_type: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    total_steps: int | None = None
+
+    @property
+    def owns_weights(self) -> bool:
+        """Whether weights of the base themselves are trained, so that the result is a whole model."""
+        return self.method != "peft"
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSpec:
     """How a job is trained: plain values, already validated. Units are in the names."""
 

@@ -124,13 +124,37 @@ def export_merged(
     say = on_progress or (lambda message: None)
     check_free(output)
     files = read_adapter(adapter_folder)
-    saved_dtype = _dtype(base_folder, dtype)
+    saved_dtype = stored_dtype(base_folder, dtype)
     wide = torch.promote_types(saved_dtype, torch.float32)
     say("Reading what base and adapter say")
     slot, expected = _tuned(base_folder, files.folder, wide)
     say("Merging")
-    model = _load(base_folder, wide, expected.config)
+    model = load_plain(base_folder, wide, expected.config)
     merge(model, slot)
+    tokenizer = files.folder if (files.folder / "tokenizer.json").is_file() else base_folder
+    return write_checked(model, expected, saved_dtype, output, tokenizer, (files.folder, base_folder), say)
+
+
+def write_checked(
+    model: Any,
+    expected: Expected,
+    saved_dtype: torch.dtype,
+    output: Path,
+    tokenizer: Path,
+    generation: tuple[Path, ...],
+    say: Say,
+) -> Path:
+    """Round a model, write it, load it again, and hold it against what it should say at each turn.
+
+    Args:
+        model: In float32 or wider; rounded in place.
+        tokenizer: The folder whose tokenizer and chat template go along.
+        generation: Folders that may hold stop tokens, the first that does wins.
+
+    Raises:
+        ModelError: where it says something else; nothing is left then.
+    """
+    wide = torch.promote_types(saved_dtype, torch.float32)
     expected.check(model, wide, "the merged model")
     _round(model, saved_dtype)
     expected.check(model, saved_dtype, f"the merged model in {str(saved_dtype).removeprefix('torch.')}")
@@ -140,10 +164,10 @@ def export_merged(
         say("Writing")
         _save(model.to(saved_dtype), temporary)
         del model
-        _copy_tokenizer(files.folder if (files.folder / "tokenizer.json").is_file() else base_folder, temporary)
-        _copy_generation((files.folder, base_folder), temporary)
+        _copy_tokenizer(tokenizer, temporary)
+        _copy_generation(generation, temporary)
         say("Loading the export again and comparing")
-        again = _load(temporary, wide, is_classifier=expected.config is not None)
+        again = load_plain(temporary, wide, is_classifier=expected.config is not None)
         rounded.check(again, wide, f"the export {output}")
     return output
 
@@ -229,7 +253,7 @@ def _classifier_config(base: Any, slot: Slot, adapter_folder: Path) -> Any:
     return classifier_config(base, slot.head.out_features)
 
 
-def _load(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier: bool = False) -> Any:
+def load_plain(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier: bool = False) -> Any:
     """A model of its own, as a user loads the folder. With a classifier's `config`, its head is yet to be filled."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, logging
 
@@ -288,7 +312,7 @@ def _copy_generation(sources: tuple[Path, ...], target: Path) -> None:
         shutil.copyfile(found / GENERATION_FILE, target / GENERATION_FILE)
 
 
-def _dtype(base_folder: Path, asked: str | None) -> torch.dtype:
+def stored_dtype(base_folder: Path, asked: str | None) -> torch.dtype:
     if asked is not None:
         if asked not in DTYPES:
             raise RunError(f"dtype is {asked!r}", f"one of {', '.join(DTYPES)}", "choose one with --dtype")

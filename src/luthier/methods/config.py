@@ -6,8 +6,40 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.bias.config import BiasConfig
 from luthier.methods.dora.config import DoraConfig
+from luthier.methods.full.config import FullConfig
 from luthier.methods.ia3.config import Ia3Config
+from luthier.methods.last_layers.config import LastLayersConfig
 from luthier.methods.lora.config import LoraConfig
+from luthier.methods.peft.config import (
+    AdaloraConfig,
+    BoftConfig,
+    LnTuningConfig,
+    LohaConfig,
+    LokrConfig,
+    OftConfig,
+    PeftConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    VeraConfig,
+)
 
-MethodConfig = Annotated[LoraConfig | DoraConfig | Ia3Config, Field(discriminator="type")]
+InBank = LoraConfig | DoraConfig | Ia3Config
+OwnWeights = FullConfig | LastLayersConfig | BiasConfig
+OfPeft = (
+    PeftConfig
+    | PromptConfig
+    | PrefixConfig
+    | PTuningConfig
+    | VeraConfig
+    | LohaConfig
+    | LokrConfig
+    | OftConfig
+    | BoftConfig
+    | AdaloraConfig
+    | LnTuningConfig
+)
+
+MethodConfig = Annotated[InBank | OwnWeights | OfPeft, Field(discriminator="type")]
