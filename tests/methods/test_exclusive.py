@@ -364,7 +364,7 @@ def test_adaloras_regularizer_is_pefts_own(tiny_llama: Path) -> None:
         with_it = float(model(input_ids=ids, labels=ids).loss)
         model.active_peft_config.orth_reg_weight = 0.0
         without = float(model(input_ids=ids, labels=ids).loss)
-    assert with_it - without == pytest.approx(weight * float(hooks.regularizer().detach()), rel=1e-9)
+    assert with_it - without == pytest.approx(weight * float(hooks.regularizer().detach()), rel=1e-5)
 
 
 # -- refused before loading

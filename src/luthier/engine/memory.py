@@ -18,6 +18,7 @@ from torch import Tensor
 
 from luthier.base.load import Base
 from luthier.engine.job import TrainingJob, split_by_tokens
+from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, Segment, pack
 from luthier.engine.slot import Slot
 from luthier.types import Example
@@ -63,7 +64,7 @@ class MemoryPlan:
         return self.needed <= self.available
 
 
-def activation_bytes_per_token(base: Base, slot: Slot) -> int:
+def activation_bytes_per_token(base: Base, slot: Slot | OwnSlot) -> int:
     """Bytes that the backward keeps for one token of `slot`, measured on a small batch without stepping anything.
 
     The output layer is left out; `head_bytes_per_token` counts it.
@@ -89,7 +90,7 @@ def activation_bytes_per_token(base: Base, slot: Slot) -> int:
     return sum(kept.values()) // PROBE_TOKENS + recomputed * base.dtype.itemsize
 
 
-def head_bytes_per_token(base: Base, slot: Slot) -> int:
+def head_bytes_per_token(base: Base, slot: Slot | OwnSlot) -> int:
     """Bytes that one supervised token takes at the output layer beyond a chunk's, where its logits must exist at once.
 
     Logits, their float32 copy, the log-softmax and its gradient: a head that scales or caps, or that the slot changes.

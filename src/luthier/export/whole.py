@@ -61,7 +61,7 @@ def export_peft_merged(
     say("Reading what base and adapter say")
     base = read_peft(load_plain(base_folder, wide), base_folder, adapter)
     sequences = _sequences(base.config)
-    logits = slot_logits(base, base.slot, sequences)  # type: ignore[arg-type]
+    logits = slot_logits(base, base.slot, sequences)
     config = None
     columns = torch.arange(base.vocabulary_size)
     if base.slot.head is not None:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from luthier.methods.bias.config import BiasConfig
 from luthier.methods.dora.config import DoraConfig
+from luthier.methods.exclusive.config import ExclusiveConfig
 from luthier.methods.full.config import FullConfig
 from luthier.methods.ia3.config import Ia3Config
 from luthier.methods.last_layers.config import LastLayersConfig
@@ -25,6 +26,7 @@ from luthier.methods.peft.config import (
     PTuningConfig,
     VeraConfig,
 )
+from luthier.types import AdapterSpec, ExclusiveSpec
 
 InBank = LoraConfig | DoraConfig | Ia3Config
 OwnWeights = FullConfig | LastLayersConfig | BiasConfig
@@ -43,3 +45,25 @@ OfPeft = (
 )
 
 MethodConfig = Annotated[InBank | OwnWeights | OfPeft, Field(discriminator="type")]
+
+
+def bank_spec(method: InBank | OwnWeights | OfPeft) -> AdapterSpec:
+    """The plain values of a method of the bank.
+
+    Raises:
+        ValueError: for an exclusive one.
+    """
+    if isinstance(method, ExclusiveConfig):
+        raise ValueError(f"{method.type} is no method of the bank")
+    return method.adapter_spec()
+
+
+def exclusive_spec(method: InBank | OwnWeights | OfPeft) -> ExclusiveSpec:
+    """The plain values of an exclusive method.
+
+    Raises:
+        ValueError: for one of the bank.
+    """
+    if not isinstance(method, ExclusiveConfig):
+        raise ValueError(f"{method.type} is a method of the bank")
+    return method.exclusive_spec()

@@ -21,6 +21,7 @@ from luthier.data.prepare import PreparedData, prepare
 from luthier.data.template import Renderer
 from luthier.engine.pack import BASE_SLOT
 from luthier.errors import RecipeError, RunError
+from luthier.methods.config import bank_spec
 from luthier.methods.exclusive.layer import load_own
 from luthier.methods.peft.layer import read_peft
 from luthier.recipe import DataConfig, Recipe
@@ -86,7 +87,7 @@ def public_name(base: str) -> str:
 def adapter_spec(recipe: Recipe, renderer: Renderer, num_classes: int | None) -> AdapterSpec:
     """The recipe's method as the engine reads it."""
     tokens = tuple(renderer.token_id(token) for token in recipe.method.new_tokens)
-    return replace(recipe.method.adapter_spec(), new_tokens=tokens, num_classes=num_classes)
+    return replace(bank_spec(recipe.method), new_tokens=tokens, num_classes=num_classes)
 
 
 def prepare_data(

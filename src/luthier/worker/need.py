@@ -8,6 +8,7 @@ values (Korthikanti et al. 2022, arXiv:2205.05198); counted for the micro-batch 
 from __future__ import annotations
 
 from luthier.engine.job import DEFAULT_MICRO_BATCH_TOKENS
+from luthier.methods.config import exclusive_spec
 from luthier.methods.exclusive.layer import Outline
 from luthier.recipe import Recipe
 from luthier.worker.loading import Placement
@@ -30,7 +31,7 @@ def predicted_need(recipe: Recipe, placement: Placement, outline: Outline) -> in
         trained = int(SHARE_IF_UNKNOWN * outline.num_parameters)
     wide = max(4, size)
     masters = 4 * trained if size < 4 else 0
-    owns = recipe.method.exclusive_spec().owns_weights
+    owns = exclusive_spec(recipe.method).owns_weights
     weights = outline.num_parameters * size + (0 if owns else trained * wide)
     train = recipe.train
     tokens = min(train.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS, train.batch_size * train.max_length)

@@ -22,8 +22,8 @@ from luthier.checkpoints.checkpoint import (
     step_of,
 )
 from luthier.checkpoints.own_files import write_result
-from luthier.checkpoints.peft_format import check_writable, slot_from_adapter, write_adapter
-from luthier.checkpoints.slot_files import read_slot
+from luthier.checkpoints.peft_format import check_writable, slot_from_adapter
+from luthier.checkpoints.slot_files import read_slot, write_slot
 from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob, total_steps
@@ -35,6 +35,7 @@ from luthier.evaluate.card import write_card
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.evaluate.report import write_report
 from luthier.files import atomic_folder, write_text
+from luthier.methods.config import exclusive_spec
 from luthier.methods.peft.layer import PeftBase
 from luthier.recipe import Recipe
 from luthier.types import AdapterSpec, ExclusiveSpec
@@ -212,7 +213,7 @@ class Run:
         """What an exclusive method does, with what the data and the schedule add."""
         steps = total_steps(len(self.data.train), self.recipe.train.spec())
         labels = self.data.task.labels
-        return replace(self.recipe.method.exclusive_spec(), num_classes=len(labels) or None, total_steps=steps)
+        return replace(exclusive_spec(self.recipe.method), num_classes=len(labels) or None, total_steps=steps)
 
     def _own_slot(self, base: OwnBase) -> OwnSlot:
         if self.recipe.start_from is not None:
@@ -444,7 +445,7 @@ class Run:
             if isinstance(self.base, OwnBase):
                 write_result(self.base, temporary, **self._adapter_facts())
             else:
-                write_adapter(self.job.slot, self.base, temporary, **self._adapter_facts())
+                write_slot(self.job.slot, self.base, temporary, **self._adapter_facts())
             self.renderer.save(temporary)
 
     def _adapter_facts(self) -> dict[str, Any]:

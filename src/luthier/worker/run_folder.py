@@ -17,6 +17,7 @@ from luthier.base.folder import RESULT_MODEL
 from luthier.errors import RunError, StorageError
 from luthier.evaluate.metrics import RowScore
 from luthier.files import write_text
+from luthier.methods.config import exclusive_spec
 from luthier.recipe import Recipe, validate
 
 FORMAT = 1
@@ -164,7 +165,7 @@ class RunFolder:
 
 def owns_weights(recipe: Recipe) -> bool:
     """Whether the recipe's method trains the base's own weights, so that its result is a whole model."""
-    return recipe.method.runs == "exclusive" and recipe.method.exclusive_spec().owns_weights
+    return recipe.method.runs == "exclusive" and exclusive_spec(recipe.method).owns_weights
 
 
 def resolved_versions() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from luthier.engine.engine import DEFAULT_BUDGET_TOKENS, Engine
 from luthier.engine.memory import MemoryPlan, available_bytes, fit_micro_batches, plan_memory
 from luthier.engine.targets import check_layers
 from luthier.errors import MemoryShortError, RecipeError
+from luthier.methods.config import bank_spec, exclusive_spec
 from luthier.methods.exclusive.layer import check
 from luthier.methods.peft.fields import check_fields
 from luthier.recipe import Recipe
@@ -156,7 +157,7 @@ def _attend(children: Children, asked: list[int]) -> None:
 def _need(recipe: Recipe, progress: Progress) -> int:
     """Refuse what cannot work, before anything is loaded, and predict the memory of what can."""
     placement = placement_of(recipe, progress.note)
-    spec = recipe.method.exclusive_spec()
+    spec = exclusive_spec(recipe.method)
     if not spec.owns_weights:
         check_fields(spec)
         check_values(spec)
@@ -217,7 +218,7 @@ def _check_methods(recipes: Sequence[Recipe], placement: Placement) -> None:
     shape = outline(placement.folder)
     for recipe in recipes:
         if recipe.start_from is None:  # an existing adapter brings its own layers
-            check_layers(recipe.method.adapter_spec(), shape.layers, shape.output_name)
+            check_layers(bank_spec(recipe.method), shape.layers, shape.output_name)
 
 
 def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> MemoryPlan:

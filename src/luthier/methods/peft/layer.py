@@ -39,7 +39,9 @@ class PeftBase(OwnBase):
         self, peft_model: Any, folder: Path | None, spec: ExclusiveSpec, num_parameters: int, seed: int
     ) -> None:
         self.peft_model = peft_model
-        live = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        # peft trains AdaLoRA's divisor `ranknum` and does not save it, so that its files would give other logits.
+        live = {name: p for name, p in peft_model.named_parameters() if p.requires_grad and ".ranknum." not in name}
+        peft_model.requires_grad_(False)
         slot = OwnSlot(spec, live)
         if spec.peft_type == "ADALORA":
             slot.method_hooks = AdaloraHooks(peft_model.base_model, ADAPTER)
