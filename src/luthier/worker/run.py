@@ -37,6 +37,7 @@ from luthier.evaluate.report import write_report
 from luthier.files import atomic_folder, write_text
 from luthier.methods.config import exclusive_spec
 from luthier.methods.peft.layer import PeftBase
+from luthier.methods.registry import METHODS
 from luthier.recipe import Recipe
 from luthier.types import AdapterSpec, ExclusiveSpec
 from luthier.worker.budget import JudgingBudget, choose_budget
@@ -217,12 +218,7 @@ class Run:
 
     def _own_slot(self, base: OwnBase) -> OwnSlot:
         if self.recipe.start_from is not None:
-            if not isinstance(base, PeftBase):
-                raise RecipeError(
-                    f"start_from: {self.recipe.method.type} trains the base's own weights",
-                    "the model to go on from as the base",
-                    f"name it under `base`, as in base: {self.recipe.start_from}",
-                )
+            assert isinstance(base, PeftBase), "own weights go on from a base, as was said before loading"
             start = Path(self.recipe.start_from)
             base.start_from(start / "adapter" if (start / "adapter").exists() else start)
         return base.slot

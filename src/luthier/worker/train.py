@@ -161,6 +161,12 @@ def _need(recipe: Recipe, progress: Progress) -> int:
     if not spec.owns_weights:
         check_fields(spec)
         check_values(spec)
+    elif recipe.start_from is not None:
+        raise RecipeError(
+            f"start_from: {recipe.method.type} trains the base's own weights",
+            "the model to go on from as the base",
+            f"name it under `base`, as in base: {recipe.start_from}",
+        )
     if recipe.task.type == "classification":
         spec = replace(spec, num_classes=2)  # how many there are shows with the data; that there are any, now
     return predicted_need(recipe, placement, check(placement.folder, spec))
