@@ -17,6 +17,7 @@ from tiny_models import write_tiny_llama
 from luthier.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from luthier.checkpoints.own_files import read_trained, write_result, write_trained
 from luthier.engine.job import TrainingJob
+from luthier.engine.memory import activation_bytes_per_forward, activation_bytes_per_token
 from luthier.engine.pack import BASE_SLOT, PackItem, pack
 from luthier.engine.step import score
 from luthier.errors import ModelError, RecipeError
@@ -456,3 +457,14 @@ def test_training_draws_leave_the_random_state_outside_alone(tiny_llama: Path) -
     torch.manual_seed(9)
     run(engine, until=2)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_changed_weights_are_counted_once_and_not_for_every_token(tiny_llama: Path) -> None:
+    plain, _ = start(tiny_llama, OWN["full"])
+    turned, _ = start(tiny_llama, replace(PEFT["boft"], options={"boft_block_size": 4, **ALL}))
+    per_token = [activation_bytes_per_token(e.base, base_of(e).slot) for e in (plain, turned)]
+    fixed = [activation_bytes_per_forward(e.base, base_of(e).slot) for e in (plain, turned)]
+    weights = 2 * BLOCK * 4
+    assert fixed[0] < 0.1 * weights
+    assert weights < fixed[1] < 10 * weights, "a rotated copy of every weight, and what made it"
+    assert per_token[1] < 2 * per_token[0]
