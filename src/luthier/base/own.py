@@ -57,7 +57,9 @@ class OwnBase(Base):
 
     @property
     def num_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Of what is held besides the tensors that the optimizer steps."""
+        stepped = {id(parameter) for parameter in self.slot.trained.values()}
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in stepped)
 
     def forward(self, batch: PackedBatch, *, keep: Tensor | None = None, cache: Any = None) -> Forward:
         """As `Base.forward`; a batch belongs to the job as a whole, or asks the base as it was as a whole.

@@ -47,10 +47,6 @@ class PeftBase(OwnBase):
             slot.method_hooks = AdaloraHooks(peft_model.base_model, ADAPTER)
         super().__init__(peft_model.get_base_model(), folder, slot, num_parameters, seed)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.peft_model.parameters())
-
     def start_from(self, folder: Path) -> None:
         """Take the values of an adapter that peft or Luthier wrote.
 
