@@ -379,6 +379,7 @@ def test_adaloras_regularizer_is_pefts_own(tiny_llama: Path) -> None:
         (ExclusiveSpec("peft", peft_type="BOOFT"), r"did you mean 'boft'"),
         (ExclusiveSpec("peft", peft_type="POLY"), "number of its task"),
         (ExclusiveSpec("peft", peft_type="BOFT", options={"boft_blok_size": 4}), "did you mean 'boft_block_size'"),
+        (ExclusiveSpec("peft", peft_type="BOFT", options={"boft_n_butterfly_factor": 2}), "takes 1 in silence"),
         (ExclusiveSpec("peft", peft_type="BOFT", options={"task_type": "x"}), "filled in by Luthier"),
         (ExclusiveSpec("peft", peft_type="BOFT", options={"target_modules": ["nowhere"]}), "nowhere"),
         (ExclusiveSpec("peft", peft_type="ADALORA", options={"tinit": 9, "tfinal": 9, **ALL}, total_steps=10), "total"),

@@ -183,21 +183,18 @@ class OftConfig(_Layers):
 
 
 class BoftConfig(_Layers):
-    """BOFT (Liu et al. 2023, arXiv:2311.06243): the rotation is a product of sparse ones, as in a butterfly network."""
+    """BOFT (Liu et al. 2023, arXiv:2311.06243) with one factor: weights turned by blocks, and scaled by output."""
 
     type: Literal["boft"] = "boft"
     peft_type: ClassVar[str] = "BOFT"
     peft_names: ClassVar[dict[str, str]] = {
         "block_size": "boft_block_size",
-        "butterfly_factors": "boft_n_butterfly_factor",
         "dropout": "boft_dropout",
         "targets": "target_modules",
     }
 
     block_size: int = Field(default=4, ge=2)
     """Rows of one block; it must divide the layers' inputs."""
-    butterfly_factors: int = Field(default=1, ge=1)
-    """Sparse rotations in the product; 1 is OFT."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of blocks that are left out while training."""
 

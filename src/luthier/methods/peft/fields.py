@@ -75,6 +75,13 @@ def check_fields(spec: ExclusiveSpec) -> None:
                 "one of " + ", ".join(sorted(fields)),
                 _ADVICE,
             )
+    if spec.options.get("boft_n_butterfly_factor", 1) != 1:
+        raise RecipeError(
+            f"method.config.boft_n_butterfly_factor: found {spec.options['boft_n_butterfly_factor']!r}; more than one "
+            "factor needs an extension that peft compiles as it loads, and without it takes 1 in silence",
+            "1",
+            "leave it out; Luthier compiles nothing",
+        )
     make_config(spec, task_type="CAUSAL_LM", total_steps=spec.total_steps or 1_000_000)
 
 

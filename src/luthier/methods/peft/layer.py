@@ -178,6 +178,8 @@ def put_into(model: Any, spec: ExclusiveSpec, folder: Path | None, seed: int, *,
     """
     from peft import get_peft_model
 
+    if spec.peft_type == "BOFT":
+        _without_compiling()
     config = make_config(spec, task_type="CAUSAL_LM", total_steps=spec.total_steps, tokenizer=str(folder or "") or None)
     try:
         with torch.random.fork_rng(), _quiet():
@@ -221,6 +223,7 @@ def read_peft(model: Any, base_folder: Path, folder: Path) -> PeftBase:
     from peft import PeftConfig, PeftModel
 
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    _without_compiling()
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         is_classifier = config.task_type == "SEQ_CLS"
@@ -278,6 +281,13 @@ def _head_weight(folder: Path) -> Tensor:
     if name not in tensors:
         raise ModelError(f"{folder / WEIGHTS_FILE} holds no classifier head", name)
     return tensors[name]
+
+
+def _without_compiling() -> None:
+    """peft would compile an extension for BOFT's further factors, which are refused; the first needs none."""
+    from peft.tuners.boft import layer
+
+    layer._FBD_CUDA = False  # type: ignore[assignment]
 
 
 @contextmanager
