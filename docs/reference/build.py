@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from luthier.files import write_text
 from luthier.methods.config import MethodConfig
+from luthier.methods.exclusive.config import ExclusiveConfig
 from luthier.recipe import ComputeConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
 from luthier.tasks.config import TaskConfig
 
@@ -40,6 +41,7 @@ _NAMES = {
     type(None): "null",
     list[str]: "list of texts",
     dict[str, str]: "mapping of texts",
+    dict[str, Any]: "mapping",
     tuple[float, float]: "two numbers",
 }
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -87,8 +89,9 @@ def _method_section(method: type[BaseModel]) -> str:
     """A method's fields, and a link to its own page where there is one."""
     name = _type_of(method)
     section = _section(f"`method: {name}`", method)
-    has_page = (PAGE.parents[1] / "methods" / f"{name}.md").exists()
-    return section + (f"\n[Equation, cost and when to choose it](../methods/{name}.md)\n" if has_page else "")
+    link = f"{name}.md" if (PAGE.parents[1] / "methods" / f"{name}.md").exists() else f"peft.md#{name}"
+    is_described = not link.startswith("peft.md#") or issubclass(method, ExclusiveConfig)
+    return section + (f"\n[Equation, cost and when to choose it](../methods/{link})\n" if is_described else "")
 
 
 def _type_of(model: type[BaseModel]) -> str:

@@ -6,8 +6,8 @@ runs without loading pydantic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,32 @@ class AdapterSpec:
     modules_to_save: tuple[str, ...] = ()
     new_tokens: tuple[int, ...] = ()
     num_classes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExclusiveSpec:
+    """How an exclusive job changes a base of its own: plain values, already validated.
+
+    Attributes:
+        method: "full", "last_layers", "bias" or "peft".
+        num_layers: Blocks that `last_layers` trains.
+        peft_type: PEFT's own word for the method, as in "BOFT", where `method` is "peft".
+        options: Fields of PEFT's config of that method.
+        num_classes: Size of the sequence head, or None for none.
+        total_steps: Optimizer steps of the job, for a method that plans with them (AdaLoRA).
+    """
+
+    method: str
+    num_layers: int = 0
+    peft_type: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+    total_steps: int | None = None
+
+    @property
+    def owns_weights(self) -> bool:
+        """Whether weights of the base themselves are trained, so that the result is a whole model."""
+        return self.method != "peft"
 
 
 @dataclass(frozen=True, slots=True)

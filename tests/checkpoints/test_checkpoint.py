@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_gives_way_to_a_new_one_of_its_step(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
 
 
-@pytest.mark.parametrize("at", ["write_adapter", "write_tensors", "write_text"])
+@pytest.mark.parametrize("at", ["write_slot", "write_tensors", "write_text"])
 def test_a_save_that_breaks_off_leaves_the_earlier_ones(
     base: Base, trained: TrainingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:

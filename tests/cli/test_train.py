@@ -32,6 +32,12 @@ class Result:
     status: str = "done"
     evaluation: dict[str, Any] = field(default_factory=lambda: SCORES)
 
+    has_adapter = True
+
+    @property
+    def tuned(self) -> Path:
+        return self.folder / "adapter"
+
     def to_json(self) -> dict[str, Any]:
         return {"folder": str(self.folder), "status": self.status, "loss": float("nan"), "evaluation": self.evaluation}
 

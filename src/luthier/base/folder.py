@@ -10,6 +10,8 @@ from luthier.errors import ModelError
 
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+RESULT_MODEL = "model"
+"""Where a run that trained the base's own weights keeps its result, which is a base itself."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 

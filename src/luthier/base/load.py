@@ -47,7 +47,10 @@ class Base:
         nf4_weights: Those layers' weights by name, in the model's order.
         is_packed: Whether sequences run flat; otherwise padded, because the probe failed (`packing_problem` says why).
         head_is_plain: Whether logits are hidden x weight^T of the output layer and nothing else.
+        num_lead: Positions that stand before every sequence in the padded layout: virtual tokens of an exclusive job.
     """
+
+    num_lead = 0
 
     def __init__(self, model: Any, folder: Path | None = None, *, use_reference: bool = False) -> None:
         from luthier.base.probe import probe
@@ -70,7 +73,7 @@ class Base:
         self._rotaries: list[PerSequenceRotary] = wrap_longrope(model)
         self.nf4_weights = nf4_weights(model)
         self.quantization = "nf4" if self.nf4_weights else None
-        self.bank = Bank(model, use_reference=use_reference)
+        self.bank = self._make_bank(use_reference)
         self._output_layer: nn.Module | None = self.model.get_output_embeddings()
         self.is_packed = True
         self.is_checkpointing = False
@@ -84,6 +87,9 @@ class Base:
         if not use_reference:
             for names in findings.shared_inputs:
                 self.bank.group(names)
+
+    def _make_bank(self, use_reference: bool) -> Bank:
+        return Bank(self.model, use_reference=use_reference)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """The base's own weights, without those in NF4. Slots' parameters are no children of the model."""
@@ -151,12 +157,12 @@ class Base:
         self.config._attn_implementation = PACKED_ATTENTION if self.is_packed else self._attention
         if wants_logits:
             assert keep is not None
-            return self._forward_with_head(inputs, keep, at_T, batch.slots)
+            return self._forward_with_head(inputs, keep, at_T, batch)
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return Forward(self._flat(hidden, at_T), None)
 
     def _forward_with_head(
-        self, inputs: dict[str, Any], keep_P: Tensor, at_T: Tensor | None, slots: tuple[int, ...]
+        self, inputs: dict[str, Any], keep_P: Tensor, at_T: Tensor | None, batch: PackedBatch
     ) -> Forward:
         captured: list[Tensor] = []
         hook = self.model.base_model.register_forward_hook(lambda _m, _i, out: captured.append(out.last_hidden_state))
@@ -165,13 +171,13 @@ class Base:
                 logits_PV = self.model(**inputs, use_cache=False, logits_to_keep=keep_P).logits[0]
             else:
                 # Rows of a padded batch keep different positions: keep every position that any row needs.
-                length = inputs["input_ids"].shape[1]
+                length = batch.max_length
                 padded_P = at_T[keep_P]
                 columns, column_P = torch.unique(padded_P % length, return_inverse=True)
                 # The output layer meets every row's kept positions, so its rows are not the P that routing knows.
-                segments = _sequence_segments(slots, len(columns))
+                segments = _sequence_segments(batch.slots, len(columns))
                 with self.bank.routed(replace(self.bank.routing, head_segments=segments)):
-                    logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits
+                    logits = self.model(**inputs, use_cache=False, logits_to_keep=columns + self.num_lead).logits
                 logits_PV = logits[padded_P // length, column_P]
         finally:
             hook.remove()
@@ -225,9 +231,8 @@ class Base:
         rows_T = torch.arange(batch.num_sequences, device=self.device).repeat_interleave(lengths)
         return rows_T * batch.max_length + batch.positions_T
 
-    @staticmethod
-    def _flat(hidden: Tensor, at_T: Tensor | None) -> Tensor:
-        return hidden[0] if at_T is None else hidden.flatten(0, 1)[at_T]
+    def _flat(self, hidden: Tensor, at_T: Tensor | None) -> Tensor:
+        return hidden[0] if at_T is None else hidden[:, self.num_lead :].flatten(0, 1)[at_T]
 
     def _classify_rotary(self, batch: PackedBatch, cache: Any) -> None:
         for rotary in self._rotaries:
@@ -288,6 +293,19 @@ def load_base(
         ModelError: when the folder holds no such model.
         RecipeError: for NF4 without bitsandbytes.
     """
+    model = load_model(folder, device=device, dtype=dtype, quantization=quantization, quantized_from=quantized_from)
+    return Base(model, Path(folder), use_reference=use_reference)
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    quantization: str | None = None,
+    quantized_from: str | torch.dtype | None = None,
+) -> Any:
+    """The causal language model itself, as transformers gives it; arguments and errors as `load_base`."""
     from transformers import AutoModelForCausalLM
 
     _check_full_precision(folder)
@@ -307,7 +325,7 @@ def load_base(
             f"{folder} does not load as a causal language model: {error}",
             "a folder with config.json and safetensors weights of an architecture that transformers knows",
         ) from error
-    return Base(model, Path(folder), use_reference=use_reference)
+    return model
 
 
 def _check_full_precision(folder: Path) -> None:

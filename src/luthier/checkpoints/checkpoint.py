@@ -1,7 +1,8 @@
-"""Checkpoints of one job: PEFT's adapter files, the optimizer's moments, and the numbers that the rest follows from.
+"""Checkpoints of one job: its slot's values, the optimizer's moments, and the numbers that the rest follows from.
 
     RUN/checkpoints/step-000042/
-        adapter_config.json, adapter_model.safetensors    the slot, to the bit; also a usable adapter
+        adapter_config.json, adapter_model.safetensors    a slot of the bank, to the bit; also a usable adapter
+        trained-00001-of-00001.safetensors                an exclusive job's trained tensors instead, to the bit
         optimizer.safetensors                             both moments of every parameter
         state.json                                        step, tokens, losses that are watched, digests of the files
 
@@ -18,15 +19,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from luthier.base.load import Base
-from luthier.checkpoints.peft_format import load_values, write_adapter
-from luthier.checkpoints.peft_names import is_stored
+from luthier.checkpoints.slot_files import keeps_moments, read_slot, write_slot
 from luthier.checkpoints.tensor_file import read_tensors, write_tensors
 from luthier.engine.adamw import MOMENTS
 from luthier.engine.job import TrainingJob
@@ -77,7 +77,7 @@ def save_checkpoint(
     folder = checkpoint_folder(root, job.step)
     aside = folder.with_name(f".{folder.name}-aside")
     with _named(folder), atomic_folder(folder) as temporary:
-        write_adapter(job.slot, base, temporary, base_name=base_name, labels=labels, pad_token_id=pad_token_id)
+        write_slot(job.slot, base, temporary, base_name=base_name, labels=labels, pad_token_id=pad_token_id)
         write_tensors(temporary / OPTIMIZER_FILE, job.optimizer.state())
         state = {
             "format": FORMAT,
@@ -107,7 +107,7 @@ def load_checkpoint(folder: Path, job: TrainingJob, base: Base) -> dict[str, Any
     state = _read_state(folder)
     _check_same(folder, state["settings"], _settings(job))
     _check_base(folder, state["base"], _base_key(base))
-    load_values(job.slot, base, folder)
+    read_slot(job.slot, base, folder)
     moments = read_tensors(folder / OPTIMIZER_FILE)
     if state["step"] > 0:
         _check_moments(folder, moments, job)
@@ -235,10 +235,12 @@ def _check_base(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]
 
 
 def _check_moments(folder: Path, moments: dict[str, Any], job: TrainingJob) -> None:
-    expected = {
-        f"{name}.{moment}" for name in job.optimizer.parameters if is_stored(name, job.slot) for moment in MOMENTS
-    }
-    odd = sorted(expected ^ {key for key in moments if "." in key and key.rpartition(".")[2] in MOMENTS})
+    def both(names: Iterable[str]) -> set[str]:
+        return {f"{name}.{moment}" for name in names for moment in MOMENTS}
+
+    needed = both(name for name in job.optimizer.parameters if keeps_moments(name, job.slot))
+    found = {key for key in moments if "." in key and key.rpartition(".")[2] in MOMENTS}
+    odd = sorted((needed - found) | (found - both(job.optimizer.parameters)))
     if odd:
         raise ModelError(f"{folder / OPTIMIZER_FILE} does not fit the job: {odd[0]}", "both moments of each parameter")
 

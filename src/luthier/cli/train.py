@@ -74,7 +74,7 @@ def _print_result(result: RunResult) -> None:
     print_scores(result.evaluation, console)
     run = shlex.quote(str(result.folder))
     lines = [
-        f"Adapter  {result.folder / 'adapter'}",
+        f"{'Adapter' if result.has_adapter else 'Model  '}  {result.tuned}",
         f"Report   {result.folder / 'report.html'}",
         f"Chat     {command_name()} chat {run}",
     ]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from luthier.engine.optimizer import JobOptimizer
+from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem
 from luthier.engine.slot import Slot
 from luthier.engine.step import SlotReport
@@ -55,12 +56,12 @@ class TrainingJob:
 
     Args:
         name: Unique among the engine's jobs.
-        slot: Its slot in the bank.
+        slot: Its slot in the bank, or the one slot of a base that it owns.
         examples: What it trains on.
         spec: How.
     """
 
-    def __init__(self, name: str, slot: Slot, examples: Examples, spec: TrainSpec) -> None:
+    def __init__(self, name: str, slot: Slot | OwnSlot, examples: Examples, spec: TrainSpec) -> None:
         if len(examples) == 0:
             raise ValueError(f"job {name} has no examples")
         self.name = name
@@ -70,7 +71,7 @@ class TrainingJob:
         self.micro_batch_tokens = spec.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
         self.steps_per_epoch = math.ceil(len(examples) / spec.batch_size)
         self.total_steps = total_steps(len(examples), spec)
-        self.optimizer = JobOptimizer(slot.parameters(), spec, self.total_steps, slot.rate_ratios())
+        self.optimizer = JobOptimizer(slot.parameters(), spec, self.total_steps, slot.rate_ratios(), slot.hooks)
         self.state: State = "running"
         self.problem = ""
         self.num_tokens_done = 0

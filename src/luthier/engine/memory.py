@@ -18,6 +18,7 @@ from torch import Tensor
 
 from luthier.base.load import Base
 from luthier.engine.job import TrainingJob, split_by_tokens
+from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, Segment, pack
 from luthier.engine.slot import Slot
 from luthier.types import Example
@@ -61,11 +62,31 @@ class MemoryPlan:
         return self.needed <= self.available
 
 
-def activation_bytes_per_token(base: Base, slot: Slot) -> int:
+def activation_bytes_per_token(base: Base, slot: Slot | OwnSlot) -> int:
     """Bytes that the backward keeps for one token of `slot`, measured on a small batch without stepping anything.
 
-    The output layer is left out; `head_bytes_per_token` counts it.
+    The output layer is left out; `head_bytes_per_token` counts it. An exclusive method may keep changed weights too,
+    which do not grow with the tokens: `activation_bytes_per_forward` has them.
     """
+    # Recomputed blocks keep their input alone, and not through a hook.
+    recomputed = base.config.get_text_config().num_hidden_layers * base.hidden_size if base.is_checkpointing else 0
+    per_token = _kept_bytes(base, slot, PROBE_TOKENS) // PROBE_TOKENS
+    if isinstance(slot, OwnSlot):
+        half = PROBE_TOKENS // 2
+        per_token = (_kept_bytes(base, slot, PROBE_TOKENS) - _kept_bytes(base, slot, half)) // half
+    return per_token + recomputed * base.dtype.itemsize
+
+
+def activation_bytes_per_forward(base: Base, slot: Slot | OwnSlot) -> int:
+    """Bytes that the backward keeps whatever the number of tokens: weights that an exclusive method has changed."""
+    if not isinstance(slot, OwnSlot):
+        return 0
+    whole, half = (_kept_bytes(base, slot, num_tokens) for num_tokens in (PROBE_TOKENS, PROBE_TOKENS // 2))
+    return max(0, 2 * half - whole)
+
+
+def _kept_bytes(base: Base, slot: Slot | OwnSlot, num_tokens: int) -> int:
+    """What one forward of one sequence keeps for its backward, weights and trained tensors left out."""
     kept: dict[tuple[int, int], int] = {}
     held: list[Tensor] = []
     weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
@@ -78,16 +99,14 @@ def activation_bytes_per_token(base: Base, slot: Slot) -> int:
             held.append(tensor)  # keeps the storage's address from being given to another tensor
         return tensor
 
-    example = Example(np.zeros(PROBE_TOKENS, dtype=np.int32), np.zeros(PROBE_TOKENS, dtype=np.float32))
+    example = Example(np.zeros(num_tokens, dtype=np.int32), np.zeros(num_tokens, dtype=np.float32))
     batch = pack([PackItem(example, slot.index)], base.device)
     with base.bank.routed(base.routing(batch, training=True)), torch.autograd.graph.saved_tensors_hooks(count, _same):
         base.forward(batch)
-    # Recomputed blocks keep their input alone, and not through a hook.
-    recomputed = base.config.get_text_config().num_hidden_layers * base.hidden_size if base.is_checkpointing else 0
-    return sum(kept.values()) // PROBE_TOKENS + recomputed * base.dtype.itemsize
+    return sum(kept.values())
 
 
-def head_bytes_per_token(base: Base, slot: Slot) -> int:
+def head_bytes_per_token(base: Base, slot: Slot | OwnSlot) -> int:
     """Bytes that one supervised token takes at the output layer beyond a chunk's, where its logits must exist at once.
 
     Logits, their float32 copy, the log-softmax and its gradient: a head that scales or caps, or that the slot changes.
@@ -132,12 +151,13 @@ def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> 
     tokens = max(alone, min(largest, budget_tokens))
     # The output layer's chunk: logits and their gradient with respect to the hidden states; a layer out of NF4.
     head = 2 * 32 * 2**20 + 2 * tokens * base.hidden_size * 4 + base.dense_bytes
+    fixed = max(activation_bytes_per_forward(base, job.slot) for job in jobs)
     return MemoryPlan(
         base=base.num_bytes,
         adapters=parameters,
         gradients=parameters,
         optimizer=sum(job.optimizer.state_bytes for job in jobs),
-        activations=tokens * per_token + head,
+        activations=tokens * per_token + head + fixed,
         tokens=tokens,
         available=available_bytes(base.device),
         per_token=per_token,

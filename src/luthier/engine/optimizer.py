@@ -7,12 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from luthier.engine.adamw import MOMENTS, make_adamw
 from luthier.types import TrainSpec
+
+
+class StepHooks(Protocol):
+    """What a method does around each optimizer step, and what it remembers between steps."""
+
+    def before_step(self) -> None:
+        """The whole optimizer batch's gradient is there: the method may add to it."""
+
+    def after_step(self, step: int) -> None:
+        """`step` steps are done; gradients are still there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be kept besides the parameters, by name."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `state()` gave."""
 
 
 class JobOptimizer:
@@ -23,6 +40,7 @@ class JobOptimizer:
         spec: Learning rate, schedule, betas, decay and clipping.
         total_steps: Length of the schedule.
         rate_ratios: Learning rates as multiples of the job's, of those parameters that have another.
+        hooks: What the method does around each step, or None.
     """
 
     def __init__(
@@ -31,8 +49,10 @@ class JobOptimizer:
         spec: TrainSpec,
         total_steps: int,
         rate_ratios: Mapping[str, float] | None = None,
+        hooks: StepHooks | None = None,
     ) -> None:
         self.parameters = parameters
+        self.hooks = hooks
         self.spec = spec
         self.total_steps = total_steps
         self.num_steps = 0
@@ -50,6 +70,8 @@ class JobOptimizer:
             The gradient's 2-norm before clipping and the learning rate used. A gradient that is not finite is not
             applied.
         """
+        if self.hooks is not None:
+            self.hooks.before_step()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         rate = self.learning_rate
@@ -61,6 +83,8 @@ class JobOptimizer:
             # These steps write past autograd's count of writes, by which what is derived of a parameter is told stale.
             torch.autograd.graph.increment_version(list(self.parameters.values()))
             self.num_steps += 1
+            if self.hooks is not None:
+                self.hooks.after_step(self.num_steps)
         self.zero_grad()
         return value, rate
 

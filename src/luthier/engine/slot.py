@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from luthier.engine.optimizer import StepHooks
 from luthier.methods.method import LayerAdapter, check_fits, copy_in
+from luthier.methods.registry import METHODS
 from luthier.types import AdapterSpec
 
 
@@ -88,6 +90,11 @@ class Slot:
         return [tensor for adapter in self.adapters.values() for tensor in adapter.constants()]
 
     @property
+    def hooks(self) -> StepHooks | None:
+        """What the method does around an optimizer step: nothing, for those of the bank."""
+        return None
+
+    @property
     def num_trainable_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters().values() if parameter.requires_grad)
 
@@ -97,6 +104,15 @@ class Slot:
         for module, adapter in self.adapters.items():
             named |= {f"{module}.{name}": tensor for name, tensor in adapter.tensors().items()}
         return named | self._own_parameters()
+
+    def parts(self) -> list[str]:
+        """What trains, in words."""
+        size = METHODS[self.spec.method].describe(self.spec)
+        parts = [f"{len(self.adapters)} linear layers" + (f", {size}" if size else "")] if self.adapters else []
+        parts += [f"{name} in full" for name in self.saved_modules]
+        parts += [f"{len(self.token_rows.ids_K)} tokens"] if self.token_rows is not None else []
+        parts += [f"a head of {self.spec.num_classes} classes"] if self.head is not None else []
+        return parts
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take in what `tensors` gave.

@@ -15,6 +15,7 @@ from luthier.base.load import Base, Forward
 from luthier.engine.pack import PackedBatch
 from luthier.objectives.language_modelling import TokenScores, frozen_head_nll, next_token_nll_reference
 from luthier.objectives.sequence_head import class_logits, class_nll
+from luthier.objectives.trained_head import trained_head_nll
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,10 @@ def _token_scores(base: Base, batch: PackedBatch, result: Forward) -> TokenScore
         return next_token_nll_reference(result.logits_PV, batch.target_token_P)
     hidden_PD = result.hidden_TD[batch.target_at_P]
     if base.bank.head_is_plain_for(batch.target_segments) and not base.bank.use_reference:
-        return frozen_head_nll(hidden_PD, base.head_weight_VD, base.head_bias_V, batch.target_token_P)
+        weight_VD, bias_V = base.head_weight_VD, base.head_bias_V
+        is_trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
+        compute = trained_head_nll if is_trained and torch.is_grad_enabled() else frozen_head_nll
+        return compute(hidden_PD, weight_VD, bias_V, batch.target_token_P)
     return next_token_nll_reference(base.logits(hidden_PD, batch.target_segments), batch.target_token_P)
 
 

@@ -66,8 +66,16 @@ def render_card(record: RunRecord) -> str:
 
 
 def loading_code(record: RunRecord) -> str:
-    """Python that loads the adapter with transformers and peft alone."""
-    folder = repr(str(Path(record.shown_path) / "adapter"))
+    """Python that loads the result with transformers, or an adapter with peft, alone."""
+    folder = repr(str(Path(record.shown_path) / record.result_folder))
+    if record.is_whole_model:
+        kind = "SequenceClassification" if record.is_classification else "CausalLM"
+        return (
+            f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+            f"folder = {folder}\n"
+            f"model = AutoModelFor{kind}.from_pretrained(folder)\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder)"
+        )
     if record.is_classification:
         return _classifier_code(folder, record)
     imports = "AutoTokenizer" + (", BitsAndBytesConfig" if _is_nf4(record) else "")
@@ -125,7 +133,7 @@ def _front_matter(record: RunRecord) -> dict[str, Any]:
         known = _HUB_LICENCES.get(licence.lower())
         matter.update({"license": known} if known else {"license": "other", "license_name": licence})
     matter["base_model"] = base
-    matter["library_name"] = "peft"
+    matter["library_name"] = "transformers" if record.is_whole_model else "peft"
     matter["pipeline_tag"] = _PIPELINES.get(record.task, "text-generation")
     matter["tags"] = [tag for tag in ("luthier", record.method, record.task) if tag]
     return matter
@@ -146,7 +154,8 @@ def _opening(record: RunRecord) -> str:
     base, _ = _base(record)
     method = {"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "ia3": "(IA)³"}.get(record.method, record.method)
     line = summary.headline(record.evaluation)
-    text = f"An adapter for `{_plain(base)}`, tuned with Luthier" + (
+    what = "A model that began as" if record.is_whole_model else "An adapter for"
+    text = f"{what} `{_plain(base)}`, tuned with Luthier" + (
         f" ({_plain(method)}, task {_plain(record.task)})." if method else "."
     )
     return text + (f"\n\n**{line}**" if line else "\n\nIt was not judged on held-out rows.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from luthier.base.folder import RESULT_MODEL
 from luthier.errors import RunError
 from luthier.evaluate.metrics import RowScore, compare
 from luthier.evaluate.summary import primary_metric
@@ -54,6 +55,16 @@ class RunRecord:
     @property
     def method(self) -> str:
         return type_name(self.recipe.get("method"))
+
+    @property
+    def result_folder(self) -> str:
+        """The result's name within the run: `model` where the base's own weights were trained, else `adapter`."""
+        return RESULT_MODEL if (self.path / RESULT_MODEL).is_dir() else "adapter"
+
+    @property
+    def is_whole_model(self) -> bool:
+        """Whether the result is a model by itself."""
+        return self.result_folder == RESULT_MODEL
 
     @property
     def is_classification(self) -> bool:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.base.load import Base
+from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, pack
 from luthier.engine.slot import Slot
 from luthier.objectives.sequence_head import class_logits
@@ -46,7 +47,7 @@ def random_sequences(
 
 
 @torch.inference_mode()
-def slot_logits(base: Base, slot: Slot, sequences: Sequence[Tokens]) -> list[Tensor]:
+def slot_logits(base: Base, slot: Slot | OwnSlot, sequences: Sequence[Tokens]) -> list[Tensor]:
     """The engine's logits of a slot, all sequences in one forward."""
     batch = pack([PackItem(_example(tokens), slot.index) for tokens in sequences], base.device)
     routing = replace(base.routing(batch, training=False), head_segments=batch.segments)

@@ -134,20 +134,44 @@ def export_merged(
     say = on_progress or (lambda message: None)
     check_free(output)
     files = read_adapter(adapter_folder)
-    saved_dtype = _dtype(base_folder, dtype)
+    saved_dtype = stored_dtype(base_folder, dtype)
     key = read_trained_over(files.folder)
     is_nf4 = key is not None and key.quantization == "nf4"
     # bitsandbytes computes in float32 at most.
     wide = torch.float32 if is_nf4 else torch.promote_types(saved_dtype, torch.float32)
     say("Reading what base and adapter say")
     slot, expected = _tuned(base_folder, files.folder, wide, key if is_nf4 else None)
-    if is_nf4:
-        say("Merging onto the dequantized base")
-    else:
-        say("Merging")
-    model = _load(base_folder, wide, expected.config)
+    say("Merging onto the dequantized base" if is_nf4 else "Merging")
+    model = load_plain(base_folder, wide, expected.config)
     dequantize_into(model, expected.nf4)
     merge(model, slot)
+    tokenizer = files.folder if (files.folder / "tokenizer.json").is_file() else base_folder
+    card = nf4_card(key) if key is not None and is_nf4 else None
+    return write_checked(model, expected, saved_dtype, output, tokenizer, (files.folder, base_folder), say, card)
+
+
+def write_checked(
+    model: Any,
+    expected: Expected,
+    saved_dtype: torch.dtype,
+    output: Path,
+    tokenizer: Path,
+    generation: tuple[Path, ...],
+    say: Say,
+    card: str | None = None,
+) -> Path:
+    """Round a model, write it, load it again, and hold it against what it should say at each turn.
+
+    Args:
+        model: In float32 or wider; rounded in place.
+        tokenizer: The folder whose tokenizer and chat template go along.
+        generation: Folders that may hold stop tokens, the first that does wins.
+        card: What the export's README.md says, where there is one.
+
+    Raises:
+        ModelError: where it says something else; nothing is left then.
+    """
+    wide = torch.promote_types(saved_dtype, torch.float32)
     expected.check(model, wide, "the merged model")
     _round(model, saved_dtype)
     narrow = min(saved_dtype, wide, key=lambda dtype: dtype.itemsize)
@@ -158,12 +182,12 @@ def export_merged(
         say("Writing")
         _save(model.to(saved_dtype), temporary)
         del model
-        _copy_tokenizer(files.folder if (files.folder / "tokenizer.json").is_file() else base_folder, temporary)
-        _copy_generation((files.folder, base_folder), temporary)
-        if key is not None and is_nf4:
-            write_text(temporary / "README.md", nf4_card(key))
+        _copy_tokenizer(tokenizer, temporary)
+        _copy_generation(generation, temporary)
+        if card is not None:
+            write_text(temporary / "README.md", card)
         say("Loading the export again and comparing")
-        again = _load(temporary, wide, is_classifier=expected.config is not None)
+        again = load_plain(temporary, wide, is_classifier=expected.config is not None)
         rounded.check(again, wide, f"the export {output}")
     return output
 
@@ -256,7 +280,7 @@ def _classifier_config(base: Any, slot: Slot, adapter_folder: Path) -> Any:
     return classifier_config(base, slot.head.out_features)
 
 
-def _load(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier: bool = False) -> Any:
+def load_plain(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier: bool = False) -> Any:
     """A model of its own, as a user loads the folder. With a classifier's `config`, its head is yet to be filled."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, logging
 
@@ -315,7 +339,7 @@ def _copy_generation(sources: tuple[Path, ...], target: Path) -> None:
         shutil.copyfile(found / GENERATION_FILE, target / GENERATION_FILE)
 
 
-def _dtype(base_folder: Path, asked: str | None) -> torch.dtype:
+def stored_dtype(base_folder: Path, asked: str | None) -> torch.dtype:
     if asked is not None:
         if asked not in DTYPES:
             raise RunError(f"dtype is {asked!r}", f"one of {', '.join(DTYPES)}", "choose one with --dtype")

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from luthier.base.adapter_files import read_adapter
+from luthier.base.adapter_files import CONFIG_FILE, read_adapter
 from luthier.base.fetch import resolve
+from luthier.base.folder import read_json
 from luthier.base.identity import read_trained_over
-from luthier.base.load import Base
+from luthier.base.load import Base, load_model
 from luthier.checkpoints.peft_format import slot_from_adapter
 from luthier.data.template import Renderer
 from luthier.engine.pack import BASE_SLOT
 from luthier.engine.sample import Request, Sampler, SamplingParams
-from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError
+from luthier.export.whole import is_of_peft
+from luthier.methods.peft.layer import read_peft
 from luthier.recipe import Recipe
-from luthier.worker.loading import Placement, load_placed, placement_of
+from luthier.worker.loading import Placement, load_placed, load_tuned, placement_of
 from luthier.worker.run_folder import RunFolder
 
 
@@ -32,10 +35,19 @@ class ChatSession:
         base: The resident base.
         renderer: Tokenizer and chat template, as in training.
         slot: The tuned model's slot, or None for the base alone.
+        original: Loads the base where `base` is a model whose own weights were trained, or None.
         is_completion: The model was tuned to continue text: the last turn's text is continued, without a chat template.
     """
 
-    def __init__(self, base: Base, renderer: Renderer, slot: Slot | None, *, is_completion: bool = False) -> None:
+    def __init__(
+        self,
+        base: Base,
+        renderer: Renderer,
+        slot: int | None,
+        *,
+        original: Callable[[], Base] | None = None,
+        is_completion: bool = False,
+    ) -> None:
         if not is_completion and not renderer.can_chat:
             raise ModelError(
                 "this base has no chat template, so it cannot hold a conversation",
@@ -45,7 +57,9 @@ class ChatSession:
         self.renderer = renderer
         self.slot = slot
         self.is_completion = is_completion
+        self._original = original
         self._sampler = Sampler(base, renderer.decode, remembers=True)
+        self._base_sampler: Sampler | None = self._sampler if original is None else None
         self._names = itertools.count()
 
     @property
@@ -84,16 +98,24 @@ class ChatSession:
             seed=seed or 0,
             stop_ids=tuple(self.renderer.stop_ids),
         )
-        slot = BASE_SLOT if base or self.slot is None else self.slot.index
+        slot = BASE_SLOT if base or self.slot is None else self.slot
+        sampler = self._sampler_of_base() if base else self._sampler
         name = str(next(self._names))
-        self._sampler.submit(Request(name, np.array(tokens, dtype=np.int32), slot, params))
+        sampler.submit(Request(name, np.array(tokens, dtype=np.int32), slot, params))
         try:
-            while self._sampler.has_work:
-                for event in self._sampler.step():
+            while sampler.has_work:
+                for event in sampler.step():
                     if event.text_delta:
                         yield event.text_delta
         finally:
-            self._sampler.cancel(name)
+            sampler.cancel(name)
+
+    def _sampler_of_base(self) -> Sampler:
+        """The base is another model where its own weights were trained; it is loaded when it is first asked."""
+        if self._base_sampler is None:
+            assert self._original is not None
+            self._base_sampler = Sampler(self._original(), self.renderer.decode, remembers=True)
+        return self._base_sampler
 
 
 def open_chat(model: str | Path) -> ChatSession:
@@ -117,15 +139,18 @@ def _open_run(path: Path) -> ChatSession:
     recipe = run.recipe()
     if recipe.task.type == "classification":
         raise RunError(f"{path} is a classifier, which does not write", fix="judge it with `luthier eval`")
-    if not run.adapter.exists():
-        raise RunError(f"{path} has no adapter yet", fix="let it train, or go on with `luthier train ... --resume`")
-    base = load_placed(placement_of(recipe), recipe.compute.threads)
-    slot = slot_from_adapter(base, run.adapter)
+    placement = placement_of(recipe)
+    tuned = load_tuned(run, recipe, placement)
+    original = None
+    if tuned.base_slot is None:
+        original = partial(load_placed, placement, recipe.compute.threads)
     is_completion = recipe.task.type in ("completion", "text")
-    return ChatSession(base, Renderer.load(run.adapter), slot, is_completion=is_completion)
+    return ChatSession(tuned.base, tuned.renderer, tuned.slot, original=original, is_completion=is_completion)
 
 
 def _open_adapter(path: Path) -> ChatSession:
+    if is_of_peft(path):
+        return _open_peft(path)
     files = read_adapter(path)
     if files.base_name is None:
         raise ModelError(f"{path} does not say which base it was trained over", fix="set base_model_name_or_path in it")
@@ -134,7 +159,18 @@ def _open_adapter(path: Path) -> ChatSession:
     base = load_placed(replace(_place(folder), quantization=key.quantization if key is not None else None))
     slot = slot_from_adapter(base, path)
     tokenizer = path if (path / "tokenizer.json").exists() else folder
-    return ChatSession(base, Renderer.load(tokenizer), slot)
+    return ChatSession(base, Renderer.load(tokenizer), slot.index)
+
+
+def _open_peft(path: Path) -> ChatSession:
+    base_name = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
+    if not base_name:
+        raise ModelError(f"{path} does not say which base it was trained over", fix="set base_model_name_or_path in it")
+    folder = resolve(base_name)
+    placement = _place(folder)
+    base = read_peft(load_model(folder, device=placement.device, dtype=placement.dtype), folder, path)
+    tokenizer = path if (path / "tokenizer.json").exists() else folder
+    return ChatSession(base, Renderer.load(tokenizer), base.slot.index)
 
 
 def _place(folder: Path) -> Placement:

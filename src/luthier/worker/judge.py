@@ -13,7 +13,7 @@ from luthier.base.load import Base
 from luthier.data.prepare import PreparedData
 from luthier.data.store import ExampleStore
 from luthier.data.template import Renderer
-from luthier.engine.pack import PackItem, pack
+from luthier.engine.pack import BASE_SLOT, PackItem, pack
 from luthier.engine.sample import Request, Sampler, SamplingParams
 from luthier.engine.step import SequenceReport, score
 from luthier.evaluate.metrics import RowScore, evaluation
@@ -224,6 +224,11 @@ def evaluate_run(
 
     progress = progress or SilentProgress()
     loaded = load_run(run, data=data, rows=rows, progress=progress)
-    judge = loaded.judge
-    models = {"base": judge.scores(loaded.base_slot, "base"), "tuned": judge.scores(loaded.slot.index, "tuned")}
-    return evaluation(models)
+    tuned = loaded.judge.scores(loaded.slot, "tuned")
+    if loaded.base_slot is not None:
+        base = loaded.judge.scores(loaded.base_slot, "base")
+    else:
+        judge = loaded.judge_of_base()
+        slots = list(judge.base.bank.slots)  # a classifier's base has a slot with an untrained head
+        base = judge.scores(slots[0] if slots else BASE_SLOT, "base")
+    return evaluation({"base": base, "tuned": tuned})

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from luthier.base.catalogue import find
 from luthier.base.fetch import resolve
-from luthier.base.load import Base, load_base
+from luthier.base.folder import weight_files
+from luthier.base.load import Base, load_base, load_model
+from luthier.base.own import OwnBase
 from luthier.checkpoints.peft_format import slot_from_adapter
+from luthier.checkpoints.peft_names import HEAD
 from luthier.data.prepare import PreparedData, prepare
 from luthier.data.template import Renderer
 from luthier.engine.pack import BASE_SLOT
-from luthier.engine.slot import Slot
 from luthier.errors import RecipeError, RunError
 from luthier.extras import require_bitsandbytes
+from luthier.methods.config import bank_spec
+from luthier.methods.exclusive.layer import load_own
+from luthier.methods.peft.layer import read_peft
 from luthier.recipe import DataConfig, Recipe
 from luthier.tasks.registry import task_for
-from luthier.types import AdapterSpec
+from luthier.types import AdapterSpec, ExclusiveSpec
 from luthier.worker.budget import JudgingBudget
 from luthier.worker.judge import Judge
 from luthier.worker.progress import Progress
 from luthier.worker.run_folder import RunFolder
+
+CLASSIFIER_HEAD = f"{HEAD}.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +96,21 @@ def check_optimizer(recipe: Recipe, device: str) -> None:
 
 def load_placed(placement: Placement, threads: int | None = None) -> Base:
     """Load the base where `placement` says."""
-    if placement.device == "cpu":
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    _set_threads(placement, threads)
     return load_base(
         placement.folder, device=placement.device, dtype=placement.dtype, quantization=placement.quantization
     )
+
+
+def load_own_placed(placement: Placement, spec: ExclusiveSpec, seed: int, threads: int | None = None) -> OwnBase:
+    """Load a base for one exclusive job; errors as `methods.exclusive.layer.load_own`."""
+    _set_threads(placement, threads)
+    return load_own(placement.folder, spec, seed=seed, device=placement.device, dtype=placement.dtype)
+
+
+def _set_threads(placement: Placement, threads: int | None) -> None:
+    if placement.device == "cpu":
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
 
 
 def public_name(base: str) -> str:
@@ -104,7 +122,7 @@ def public_name(base: str) -> str:
 def adapter_spec(recipe: Recipe, renderer: Renderer, num_classes: int | None) -> AdapterSpec:
     """The recipe's method as the engine reads it."""
     tokens = tuple(renderer.token_id(token) for token in recipe.method.new_tokens)
-    return replace(recipe.method.adapter_spec(), new_tokens=tokens, num_classes=num_classes)
+    return replace(bank_spec(recipe.method), new_tokens=tokens, num_classes=num_classes)
 
 
 def prepare_data(
@@ -128,49 +146,123 @@ def prepare_data(
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedRun:
-    """A finished run, ready to be judged."""
+class Tuned:
+    """A run's result in memory.
+
+    Attributes:
+        base: What it runs on: the resident base, a base with peft's layers, or the trained model itself.
+        slot: Its slot there, or `BASE_SLOT` for a model that is itself the result.
+        base_slot: Under which slot `base` gives what the model was before training; None where that is another model.
+        renderer: Tokenizer and chat template, as in training.
+    """
 
     base: Base
-    slot: Slot
-    base_slot: int
-    judge: Judge
+    slot: int
+    base_slot: int | None
+    renderer: Renderer
 
 
-def load_run(run: str | Path, *, data: Path | None, rows: int | None, progress: Progress) -> LoadedRun:
-    """Load a run's base and adapter, and the rows to judge on.
+def load_tuned(run: RunFolder, recipe: Recipe, placement: Placement) -> Tuned:
+    """Load what a run has made, whatever its method.
 
     Raises:
-        RunError: when the run has no adapter yet.
-        DataError: when `data` cannot be judged on.
+        RunError: when it has made nothing yet.
     """
-    folder = RunFolder.open(run)
-    if not folder.adapter.exists():
-        raise RunError(f"{run} has no adapter yet", fix="let it train, or go on with --resume")
-    recipe = folder.recipe()
-    progress.stage("Loading the base")
-    placement = placement_of(recipe, progress.note)
+    folder = run.tuned(recipe)
+    if not folder.exists():
+        kind = "model" if folder == run.model else "adapter"
+        raise RunError(f"{run.path} has no {kind} yet", fix="let it train, or go on with --resume")
+    renderer = Renderer.load(folder)
+    if folder == run.model:
+        base = load_placed(replace(placement, folder=folder), recipe.compute.threads)
+        return Tuned(base, _classifier_slot(base, folder), None, renderer)
+    if recipe.method.runs == "exclusive":
+        _set_threads(placement, recipe.compute.threads)
+        model = load_model(placement.folder, device=placement.device, dtype=placement.dtype)
+        peft_base = read_peft(model, placement.folder, folder)
+        # A head has no counterpart in the base: the judge makes an untrained one on a base of its own.
+        base_slot = BASE_SLOT if peft_base.slot.head is None else None
+        return Tuned(peft_base, peft_base.slot.index, base_slot, renderer)
     base = load_placed(placement, recipe.compute.threads)
-    renderer = Renderer.load(folder.adapter)
-    progress.stage("Reading the held-out rows")
-    config = recipe.data if data is None else recipe.data.model_copy(update={"validation": str(data)})
-    prepared = prepare_data(recipe, renderer, folder.path / "data", config)
-    if prepared.validation is None or prepared.validation_records is None:
-        raise RunError(f"{run} held no rows out", fix="name a file to judge on with --data")
-    slot = slot_from_adapter(base, folder.adapter)
+    slot = slot_from_adapter(base, folder)
     base_slot = BASE_SLOT
     if slot.head is not None:
         base_slot = base.bank.add(replace(slot.spec, targets=()), recipe.train.seed).index
+    return Tuned(base, slot.index, base_slot, renderer)
+
+
+def _classifier_slot(base: Base, folder: Path) -> int:
+    """A whole model that classifies keeps its head beside its body; a language model needs no slot."""
+    head = next((tensors for tensors in _tensors_named(folder, CLASSIFIER_HEAD)), None)
+    if head is None:
+        return BASE_SLOT
+    slot = base.bank.add(AdapterSpec(targets=(), num_classes=head.shape[0]), seed=0)
+    assert slot.head is not None
+    with torch.no_grad():
+        slot.head.weight.copy_(head)
+    return slot.index
+
+
+def _tensors_named(folder: Path, name: str) -> Iterator[torch.Tensor]:
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 (it is no mapping)
+                yield file.get_tensor(name)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRun:
+    """A finished run, ready to be judged.
+
+    Attributes:
+        judge: On the model that is the result.
+        slot, base_slot: As in `Tuned`.
+        judge_of_base: On the base itself, where that is another model; loads it.
+    """
+
+    judge: Judge
+    slot: int
+    base_slot: int | None
+    judge_of_base: Callable[[], Judge]
+
+
+def load_run(run: str | Path, *, data: Path | None, rows: int | None, progress: Progress) -> LoadedRun:
+    """Load a run's result, and the rows to judge on.
+
+    Raises:
+        RunError: when the run has made nothing yet.
+        DataError: when `data` cannot be judged on.
+    """
+    folder = RunFolder.open(run)
+    recipe = folder.recipe()
+    progress.stage("Loading the base")
+    placement = placement_of(recipe, progress.note)
+    tuned = load_tuned(folder, recipe, placement)
+    progress.stage("Reading the held-out rows")
+    config = recipe.data if data is None else recipe.data.model_copy(update={"validation": str(data)})
+    prepared = prepare_data(recipe, tuned.renderer, folder.path / "data", config)
+    if prepared.validation is None or prepared.validation_records is None:
+        raise RunError(f"{run} held no rows out", fix="name a file to judge on with --data")
     num_rows = len(prepared.validation_records)
     chosen = min(num_rows, rows) if rows is not None else num_rows
     budget = JudgingBudget(chosen, chosen if recipe.evaluation.generate else 0)
-    judge = Judge(
-        base,
-        renderer,
-        prepared,
-        budget,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        seed=recipe.train.seed,
-        on_rows=lambda what, done, total: progress.evaluation(str(run), what, done, total),
-    )
-    return LoadedRun(base, slot, base_slot, judge)
+
+    def judge_on(base: Base) -> Judge:
+        return Judge(
+            base,
+            tuned.renderer,
+            prepared,
+            budget,
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            seed=recipe.train.seed,
+            on_rows=lambda what, done, total: progress.evaluation(str(run), what, done, total),
+        )
+
+    def judge_of_base() -> Judge:
+        base = load_placed(placement, recipe.compute.threads)
+        labels = prepared.task.labels
+        if labels:
+            base.bank.add(AdapterSpec(targets=(), num_classes=len(labels)), recipe.train.seed)
+        return judge_on(base)
+
+    return LoadedRun(judge_on(tuned.base), tuned.slot, tuned.base_slot, judge_of_base)

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from luthier.base.folder import RESULT_MODEL
 from luthier.base.identity import weights_identity
 from luthier.base.load import Base
+from luthier.base.own import OwnBase
 from luthier.checkpoints.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
@@ -19,10 +21,13 @@ from luthier.checkpoints.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from luthier.checkpoints.peft_format import check_writable, load_values, slot_from_adapter, write_adapter
+from luthier.checkpoints.own_files import write_result
+from luthier.checkpoints.peft_format import check_writable, slot_from_adapter
+from luthier.checkpoints.slot_files import read_slot, write_slot
 from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
-from luthier.engine.job import StepReport, TrainingJob
+from luthier.engine.job import StepReport, TrainingJob, total_steps
+from luthier.engine.own import OwnSlot
 from luthier.engine.pack import BASE_SLOT
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RecipeError, RunError
@@ -30,9 +35,11 @@ from luthier.evaluate.card import write_card
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.evaluate.report import write_report
 from luthier.files import atomic_folder, write_text
+from luthier.methods.config import exclusive_spec
+from luthier.methods.peft.layer import PeftBase
 from luthier.methods.registry import METHODS
 from luthier.recipe import Recipe
-from luthier.types import AdapterSpec
+from luthier.types import AdapterSpec, ExclusiveSpec
 from luthier.worker.budget import JudgingBudget, choose_budget
 from luthier.worker.judge import Judge, examples_of_rows, mean_loss, predictions, score_examples
 from luthier.worker.loading import adapter_spec, prepare_data, public_name
@@ -59,11 +66,21 @@ class RunResult:
     evaluation: dict[str, Any]
     result: dict[str, Any]
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the run made an adapter rather than a whole model."""
+        return not (self.folder / RESULT_MODEL).exists()
+
+    @property
+    def tuned(self) -> Path:
+        """Where the result stands."""
+        return self.folder / ("adapter" if self.has_adapter else RESULT_MODEL)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "folder": str(self.folder),
             "status": self.status,
-            "adapter": str(self.folder / "adapter"),
+            "adapter" if self.has_adapter else "model": str(self.tuned),
             "evaluation": self.evaluation,
             "result": self.result,
         }
@@ -149,8 +166,11 @@ class Run:
         """
         self.base = base
         checkpoint = latest_checkpoint(self.folder.checkpoints) if self.resumed else None
-        slot = self._make_slot(base, fresh=checkpoint is None)
-        check_writable(slot, base)
+        if isinstance(base, OwnBase):
+            slot: Slot | OwnSlot = self._own_slot(base)
+        else:
+            slot = self._make_slot(base, fresh=checkpoint is None)
+            check_writable(slot, base)
         self.job = TrainingJob(self.name, slot, self.data.train, self.recipe.train.spec())
         if checkpoint is not None:
             extra = load_checkpoint(checkpoint, self.job, base)
@@ -233,6 +253,19 @@ class Run:
             text = "; ".join(other)
             self.progress.note(f"{self.name} goes on with what {start} has, not the recipe: {text}", "warning")
 
+    def exclusive_spec(self) -> ExclusiveSpec:
+        """What an exclusive method does, with what the data and the schedule add."""
+        steps = total_steps(len(self.data.train), self.recipe.train.spec())
+        labels = self.data.task.labels
+        return replace(exclusive_spec(self.recipe.method), num_classes=len(labels) or None, total_steps=steps)
+
+    def _own_slot(self, base: OwnBase) -> OwnSlot:
+        if self.recipe.start_from is not None:
+            assert isinstance(base, PeftBase), "own weights go on from a base, as was said before loading"
+            start = Path(self.recipe.start_from)
+            base.start_from(start / "adapter" if (start / "adapter").exists() else start)
+        return base.slot
+
     def _check_base(self, extra: dict[str, Any]) -> None:
         now = self._base_identity()
         if extra["base"] != now:
@@ -254,17 +287,13 @@ class Run:
         assert self.base.folder is not None
         return weights_identity(self.base.folder)
 
-    def _assert_trainable(self, slot: Slot) -> None:
+    def _assert_trainable(self, slot: Slot | OwnSlot) -> None:
         """What is trainable is counted, said and asserted: no method is ever ignored in silence."""
         count = slot.num_trainable_parameters
         assert count > 0, "a slot without anything to train"
         assert not any(p.requires_grad for p in self.base.frozen_parameters()), "the base must stay frozen"
         share = 100.0 * count / self.base.num_parameters
-        size = METHODS[slot.spec.method].describe(slot.spec)
-        parts = [f"{len(slot.adapters)} linear layers" + (f", {size}" if size else "")] if slot.adapters else []
-        parts += [f"{name} in full" for name in slot.saved_modules]
-        parts += [f"{len(slot.token_rows.ids_K)} tokens"] if slot.token_rows is not None else []
-        parts += [f"a head of {slot.spec.num_classes} classes"] if slot.head is not None else []
+        parts = slot.parts()
         report = self.data.report.train
         self.progress.facts(
             self.name,
@@ -412,7 +441,7 @@ class Run:
     def finish(self, peak_memory_bytes: int, device: str) -> RunResult:
         """Keep the best, write the adapter, judge it, and write everything that people read."""
         kept_step = self._keep_best()
-        self._write_adapter()
+        self._write_result()
         if self.job.state != "failed" and self.judge.at:
             (self.folder.path / "scores" / "tuned.json").unlink(missing_ok=True)
             self._judge("tuned", self.job.slot.index)
@@ -444,14 +473,18 @@ class Run:
         )
         if checkpoint is None:
             return 0
-        load_values(self.job.slot, self.base, checkpoint)
+        read_slot(self.job.slot, self.base, checkpoint)
         return step_of(checkpoint)
 
-    def _write_adapter(self) -> None:
-        if self.folder.adapter.exists():
+    def _write_result(self) -> None:
+        result = self.folder.tuned(self.recipe)
+        if result.exists():
             return
-        with atomic_folder(self.folder.adapter) as temporary:
-            write_adapter(self.job.slot, self.base, temporary, **self._adapter_facts())
+        with atomic_folder(result) as temporary:
+            if isinstance(self.base, OwnBase):
+                write_result(self.base, temporary, **self._adapter_facts())
+            else:
+                write_slot(self.job.slot, self.base, temporary, **self._adapter_facts())
             self.renderer.save(temporary)
 
     def _adapter_facts(self) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import yaml
 
+from luthier.base.folder import RESULT_MODEL
 from luthier.errors import RunError, StorageError
 from luthier.evaluate.metrics import RowScore
 from luthier.files import write_text
+from luthier.methods.config import exclusive_spec
 from luthier.recipe import Recipe, validate
 
 FORMAT = 1
@@ -28,12 +30,14 @@ class RunFolder:
     Attributes:
         path: The folder.
         adapter: The result: PEFT files, tokenizer, chat template.
+        model: The result where a method trained the base's own weights: a whole model, tokenizer, chat template.
         checkpoints: One folder a checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / "adapter"
+        self.model = path / RESULT_MODEL
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
 
@@ -87,6 +91,10 @@ class RunFolder:
     @property
     def has_state(self) -> bool:
         return (self.path / "state.json").exists()
+
+    def tuned(self, recipe: Recipe) -> Path:
+        """Where the run's result stands, by its method: `model` or `adapter`."""
+        return self.model if owns_weights(recipe) else self.adapter
 
     def recipe(self) -> Recipe:
         """The complete recipe that the run was started with."""
@@ -159,6 +167,11 @@ class RunFolder:
     def read_scores(self, who: str) -> list[RowScore] | None:
         values = self.read_json(f"scores/{who}.json")
         return None if values is None else [RowScore(**value) for value in values]
+
+
+def owns_weights(recipe: Recipe) -> bool:
+    """Whether the recipe's method trains the base's own weights, so that its result is a whole model."""
+    return recipe.method.runs == "exclusive" and exclusive_spec(recipe.method).owns_weights
 
 
 def resolved_versions() -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Train one recipe, or several together on one base: the whole way from recipes to judged adapters."""
+"""Train one recipe, or several together on one base: the whole way from recipes to judged models.
+
+A method that must own its base runs the same way in a process of its own (`children.py`), through `train_exclusive`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 import torch
@@ -15,30 +20,69 @@ import torch
 from luthier.base.load import Base
 from luthier.base.outline import outline
 from luthier.engine.engine import DEFAULT_BUDGET_TOKENS, Engine
-from luthier.engine.memory import MemoryPlan, fit_micro_batches, plan_memory
+from luthier.engine.memory import MemoryPlan, available_bytes, fit_micro_batches, plan_memory
 from luthier.engine.targets import check_layers
 from luthier.errors import MemoryShortError, RecipeError
+from luthier.methods.config import bank_spec, exclusive_spec
+from luthier.methods.exclusive.layer import check
+from luthier.methods.peft.fields import check_fields
 from luthier.recipe import Recipe
-from luthier.worker.loading import Placement, check_optimizer, load_placed, placement_of
+from luthier.worker.children import Children
+from luthier.worker.loading import Placement, check_optimizer, load_own_placed, load_placed, placement_of
+from luthier.worker.need import predicted_need
+from luthier.worker.peft_values import check_values
 from luthier.worker.progress import Progress, SilentProgress
 from luthier.worker.run import Run, RunResult
 
 __all__ = ["RunResult", "train"]
 
+POLL_SECONDS = 0.05
+"""Between two looks at the children once nothing trains here."""
+
 
 def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress | None = None) -> list[RunResult]:
-    """Train recipes with one base together, and judge base and tuned models.
+    """Train recipes and judge the models: those of the bank together, each exclusive one in a process of its own.
 
     Args:
-        recipes: At least one; all with the same base, dtype and device, each with an output folder of its own.
-        resume: Go on from each run's last checkpoint; where all are done, their results are returned.
+        recipes: At least one, each with an output folder of its own; those of the bank with the same base, dtype and
+            device.
+        resume: Go on from each run's last checkpoint; what is done already is returned as it is.
         progress: Hears of it.
+
+    Returns:
+        Results in the order of the recipes.
 
     Raises:
         RecipeError, DataError, ModelError, RunError, StorageError: for what a user can mend, before anything is lost.
         KeyboardInterrupt: after Ctrl-C, once every run is saved.
     """
     progress = progress or SilentProgress()
+    _check_outputs(recipes)
+    shared = [recipe for recipe in recipes if recipe.method.runs == "bank"]
+    exclusive = [recipe for recipe in recipes if recipe.method.runs == "exclusive"]
+    if not exclusive:
+        return train_together(shared, resume=resume, progress=progress)
+    children = Children([(r, _need(r, progress)) for r in exclusive], resume=resume, progress=progress)
+    try:
+        if shared:
+            results = train_together(shared, resume=resume, progress=progress, children=children)
+        else:
+            results = []
+            with interrupts() as asked:
+                _attend(children, asked)
+    except BaseException:
+        children.stop()
+        raise
+    if len(recipes) == 1 and children.errors:
+        raise children.errors[0]
+    found = children.results | {recipe.output: result for recipe, result in zip(shared, results, strict=True)}
+    return [found[recipe.output] for recipe in recipes]
+
+
+def train_together(
+    recipes: Sequence[Recipe], *, resume: bool, progress: Progress, children: Children | None = None
+) -> list[RunResult]:
+    """Train recipes of the bank on one resident base, while children train beside it; errors as `train`."""
     placement = _common_placement(recipes, progress)
     _check_methods(recipes, placement)
     runs = [Run.begin(recipe, placement.folder, progress, resume=resume) for recipe in recipes]
@@ -48,40 +92,97 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
         return kept
     progress.stage("Loading the base")
     base = load_placed(placement, max((r.compute.threads or 0 for r in recipes), default=0) or None)
+    return _train_on(base, runs, progress, children)
+
+
+def train_exclusive(recipe: Recipe, *, resume: bool, progress: Progress) -> RunResult:
+    """Train one exclusive recipe in this process, on a base of its own; errors as `train`."""
+    placement = placement_of(recipe, progress.note)
+    run = Run.begin(recipe, placement.folder, progress, resume=resume)
+    progress.stage(f"Loading a base for {recipe.output}")
+    base = load_own_placed(placement, run.exclusive_spec(), recipe.train.seed, recipe.compute.threads)
+    return _train_on(base, [run], progress)[0]
+
+
+def _train_on(base: Base, runs: list[Run], progress: Progress, children: Children | None = None) -> list[RunResult]:
     if base.packing_problem:
         progress.note(f"this base runs padded, which is slower: {base.packing_problem}", "warning")
     engine = Engine(base)
     for run in runs:
         run.folder.set_state("training")
         engine.add(run.admit(base))
-    _settle_memory(engine, runs, progress)
+    plan = _settle_memory(engine, runs, progress)
+    if children is not None:
+        children.admit(plan.available - plan.needed, beside_others=True)
     for run in runs:
         run.plan_judging()
     progress.stage("Judging the base")
     for run in runs:
         run.judge_base()
-    _loop(engine, runs, progress)
+    with interrupts() as asked:
+        _loop(engine, runs, progress, asked, children)
     progress.stage("Judging the tuned model" + ("s" if len(runs) > 1 else ""))
-    return [run.finish(peak_memory_bytes(base.device), device_name(base)) for run in runs]
+    results = [run.finish(peak_memory_bytes(base.device), device_name(base)) for run in runs]
+    if children is not None:
+        with interrupts() as asked:
+            _attend(children, asked)
+    return results
 
 
-def _loop(engine: Engine, runs: list[Run], progress: Progress) -> None:
+def _loop(engine: Engine, runs: list[Run], progress: Progress, asked: list[int], children: Children | None) -> None:
     by_name = {run.name: run for run in runs}
     for run in runs:
         if run.job.is_active:
             progress.start(run.name, run.job.total_steps)
-    with interrupts() as asked:
-        while engine.has_work:
-            if asked:
-                for run in runs:
-                    run.interrupt()
-                raise KeyboardInterrupt
-            for report in engine.step():
-                by_name[report.job].on_step(report)
+    while engine.has_work:
+        if asked:
             for run in runs:
-                if run.job.state == "failed" and not run.stopped_because:
-                    run.stopped_because = run.job.problem
-                    progress.note(f"{run.name} stopped: {run.job.problem}", "warning")
+                run.interrupt()
+            raise KeyboardInterrupt
+        for report in engine.step():
+            by_name[report.job].on_step(report)
+        for run in runs:
+            if run.job.state == "failed" and not run.stopped_because:
+                run.stopped_because = run.job.problem
+                progress.note(f"{run.name} stopped: {run.job.problem}", "warning")
+        if children is not None:
+            children.poll()
+
+
+def _attend(children: Children, asked: list[int]) -> None:
+    """Nothing trains here any more: watch the children until the last has ended."""
+    while children.has_work:
+        if asked:
+            raise KeyboardInterrupt
+        children.poll()
+        children.admit(available_bytes(torch.device("cpu")), beside_others=False)
+        time.sleep(POLL_SECONDS)
+
+
+def _need(recipe: Recipe, progress: Progress) -> int:
+    """Refuse what cannot work, before anything is loaded, and predict the memory of what can."""
+    placement = placement_of(recipe, progress.note)
+    spec = exclusive_spec(recipe.method)
+    if not spec.owns_weights:
+        check_fields(spec)
+        check_values(spec)
+    elif recipe.start_from is not None:
+        raise RecipeError(
+            f"start_from: {recipe.method.type} trains the base's own weights",
+            "the model to go on from as the base",
+            f"name it under `base`, as in base: {recipe.start_from}",
+        )
+    if recipe.task.type == "classification":
+        spec = replace(spec, num_classes=2)  # how many there are shows with the data; that there are any, now
+    return predicted_need(recipe, placement, check(placement.folder, spec))
+
+
+def _check_outputs(recipes: Sequence[Recipe]) -> None:
+    if not recipes:
+        raise RecipeError("there is no recipe to train", "at least one")
+    outputs = [os.path.realpath(recipe.output) for recipe in recipes]
+    if len(set(outputs)) < len(outputs):
+        raise RecipeError(f"two recipes write to {max(outputs, key=outputs.count)}", "an `output` of its own for each")
 
 
 @contextmanager
@@ -107,11 +208,6 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def _common_placement(recipes: Sequence[Recipe], progress: Progress) -> Placement:
-    if not recipes:
-        raise RecipeError("there is no recipe to train", "at least one")
-    outputs = [os.path.realpath(recipe.output) for recipe in recipes]
-    if len(set(outputs)) < len(outputs):
-        raise RecipeError(f"two recipes write to {max(outputs, key=outputs.count)}", "an `output` of its own for each")
     placements = [placement_of(recipe, progress.note) for recipe in recipes]
     for recipe, placement in zip(recipes, placements, strict=True):
         check_optimizer(recipe, placement.device)
@@ -133,10 +229,10 @@ def _check_methods(recipes: Sequence[Recipe], placement: Placement) -> None:
     shape = outline(placement.folder)
     for recipe in recipes:
         if recipe.start_from is None:  # an existing adapter brings its own layers
-            check_layers(recipe.method.adapter_spec(), shape.layers, shape.output_name)
+            check_layers(bank_spec(recipe.method), shape.layers, shape.output_name)
 
 
-def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> None:
+def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> MemoryPlan:
     """Predict memory, turn on recomputation or shrink micro-batches until it fits, and say what came out.
 
     Raises:
@@ -159,6 +255,7 @@ def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> None:
     if engine.budget_tokens < DEFAULT_BUDGET_TOKENS:
         progress.note(f"a forward holds at most {engine.budget_tokens:,} tokens, so that it fits in memory")
     progress.facts("memory", _memory_rows(plan, base))
+    return plan
 
 
 def _memory_rows(plan: MemoryPlan, base: Base) -> list[tuple[str, str]]:

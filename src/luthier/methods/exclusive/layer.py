@@ -1,0 +1,145 @@
+"""Make a base that an exclusive job owns, and see beforehand, without its weights, whether the two go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from luthier.base.folder import weight_files
+from luthier.base.load import load_model
+from luthier.base.own import OwnBase
+from luthier.engine.own import OwnSlot
+from luthier.errors import RecipeError
+from luthier.methods.bias import layer as bias
+from luthier.methods.full import layer as full
+from luthier.methods.last_layers import layer as last_layers
+from luthier.methods.peft.fields import VIRTUAL_TOKENS, check_fields
+from luthier.methods.peft.layer import peft_base, put_into
+from luthier.types import ExclusiveSpec
+
+_TRAINED: dict[str, Callable[[Any, ExclusiveSpec], list[str]]] = {
+    "full": full.trained_names,
+    "last_layers": last_layers.trained_names,
+    "bias": bias.trained_names,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a job will be, known before any weight is read.
+
+    Attributes:
+        num_parameters: Of the base.
+        num_trained: Of those that train; None where only loading tells.
+        num_layers, hidden_size: Of the base, for a guess at activations.
+    """
+
+    num_parameters: int
+    num_trained: int | None
+    num_layers: int
+    hidden_size: int
+
+
+def load_own(
+    folder: Path,
+    spec: ExclusiveSpec,
+    *,
+    seed: int,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> OwnBase:
+    """Load a copy of the base for one job, with what trains in it.
+
+    Raises:
+        RecipeError: when method and base do not go together.
+        ModelError: when the folder holds no causal language model.
+    """
+    model = load_model(folder, device=device, dtype=dtype)
+    num_parameters = _count(model)
+    if not spec.owns_weights:
+        return peft_base(put_into(model, spec, folder, seed), folder, spec, num_parameters, seed)
+    parameters = dict(model.named_parameters())
+    model.requires_grad_(False)
+    slot = OwnSlot(spec, {name: parameters[name] for name in _TRAINED[spec.method](model, spec)})
+    return OwnBase(model, folder, slot, num_parameters, seed)
+
+
+def check(folder: Path, spec: ExclusiveSpec) -> Outline:
+    """Refuse a job that cannot work, from the base's config and the headers of its files alone.
+
+    The model is built without weights, and the method put into it. What only shows with weights is left to `load_own`.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    if not spec.owns_weights:
+        check_fields(spec)
+        if spec.peft_type in VIRTUAL_TOKENS and spec.num_classes is not None:
+            raise RecipeError(
+                f"method: {spec.peft_type.lower()} puts virtual tokens before a text, and a classifier reads none",
+                "a method that changes layers",
+                "use `task: completion` with the label as completion, or a method such as lokr or boft",
+            )
+    model = _without_weights(folder)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if spec.method == "last_layers" and spec.num_layers > num_layers:
+        raise RecipeError(
+            f"method.layers: {spec.num_layers}, and the base has {num_layers} blocks",
+            f"1 to {num_layers}",
+            "lower it, or use `method: full`",
+        )
+    if spec.method == "bias" and not _has_biases(folder):
+        raise bias.no_biases(str(model.config.model_type))
+    num_parameters = _count(model)
+    num_trained = _num_trained(model, folder, spec)
+    return Outline(num_parameters, num_trained, num_layers, model.get_input_embeddings().weight.shape[1])
+
+
+def _num_trained(model: Any, folder: Path, spec: ExclusiveSpec) -> int | None:
+    if spec.owns_weights:
+        parameters = dict(model.named_parameters())
+        return sum(parameters[name].numel() for name in _TRAINED[spec.method](model, spec))
+    if spec.peft_type in VIRTUAL_TOKENS:
+        return None  # its start may be taken from embeddings, which are not there yet
+    try:
+        with torch.device("meta"):
+            changed = put_into(model, spec, folder, seed=0, is_meta=True)
+    except RecipeError as error:
+        if _is_for_want_of_weights(error):
+            return None
+        raise
+    return sum(p.numel() for p in changed.parameters() if p.requires_grad)
+
+
+def _is_for_want_of_weights(error: RecipeError) -> bool:
+    """Some methods compute from the weights as they are put in; torch says then that there are none."""
+    return isinstance(error.__cause__, NotImplementedError | RuntimeError) or "meta" in str(error.__cause__)
+
+
+def _without_weights(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    return model
+
+
+def _has_biases(folder: Path) -> bool:
+    from safetensors import safe_open
+
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            if any(name.endswith(".bias") for name in file.keys()):  # noqa: SIM118 (it is no mapping)
+                return True
+    return False
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
