@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Expected:
     logits: list[Tensor]
     columns: Tensor
     config: Any
-    nf4: Mapping[str, Nf4Weight]
+    nf4: Mapping[str, Nf4Weight] = field(default_factory=dict)
 
     def told_by(self, model: Any) -> Expected:
         """The same questions, with what `model` says to them."""
