@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from luthier.ops.cpu_attention import CpuAttention, serves
+
 PACKED_ATTENTION = "luthier_packed"
 
 # Arguments that transformers passes along and that change nothing here.
@@ -97,9 +99,13 @@ def packed_attention(
     elif query_1HTD.is_cuda and query_1HTD.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query_1HTD, key_1KTD, value_1KTD, cu_seq_lens_q, max_length_q, scale, is_causal, sliding_window)
     else:
-        out_1HTD = _per_sequence(
-            query_1HTD, key_1KTD, value_1KTD, cu_seq_lens_q.tolist(), scale, is_causal, sliding_window
-        )
+        offsets = cu_seq_lens_q.tolist()
+        lengths = tuple(end - start for start, end in pairwise(offsets))
+        if is_causal and serves(query_1HTD, lengths, sliding_window):
+            parts = (part[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
+            out_THD = CpuAttention.apply(*parts, lengths, scale, sliding_window)  # type: ignore[no-untyped-call]
+            return out_THD[None], None
+        out_1HTD = _per_sequence(query_1HTD, key_1KTD, value_1KTD, offsets, scale, is_causal, sliding_window)
     return out_1HTD.transpose(1, 2), None
 
 

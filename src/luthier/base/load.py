@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.base.attention import PACKED_ATTENTION
+from luthier.base.fast_body import FastBody, build_fast_body
 from luthier.base.folder import read_json
+from luthier.base.fp8 import fp8_weights, hold_in_fp8
 from luthier.base.identity import BaseKey, base_revision, weights_identity
 from luthier.base.nf4 import hold_in_nf4, load_nf4, nf4_weights
 from luthier.base.rope import PerSequenceRotary, wrap_longrope
@@ -43,16 +45,25 @@ class Base:
         model: The causal language model of transformers, wrapped by the bank.
         bank: The slots.
         device, dtype: Where and how the weights are held; where they are quantized, what is computed in.
-        quantization: "nf4" where the linear layers but the output layer are held in NF4, or None.
+        quantization: "nf4" or "fp8" where the linear layers but the output layer are held so, or None.
+        fp8_weights: As `nf4_weights`, in fp8.
         nf4_weights: Those layers' weights by name, in the model's order.
         is_packed: Whether sequences run flat; otherwise padded, because the probe failed (`packing_problem` says why).
         head_is_plain: Whether logits are hidden x weight^T of the output layer and nothing else.
         num_lead: Positions that stand before every sequence in the padded layout: virtual tokens of an exclusive job.
+        fast_body: The body by fast blocks, or None (`fast_body_problem` says why).
     """
 
     num_lead = 0
 
-    def __init__(self, model: Any, folder: Path | None = None, *, use_reference: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        folder: Path | None = None,
+        *,
+        use_reference: bool = False,
+        wants_fast_body: bool = True,
+    ) -> None:
         from luthier.base.probe import probe
 
         if model.base_model is model:
@@ -72,13 +83,16 @@ class Base:
         self._attention = self.config._attn_implementation
         self._rotaries: list[PerSequenceRotary] = wrap_longrope(model)
         self.nf4_weights = nf4_weights(model)
-        self.quantization = "nf4" if self.nf4_weights else None
+        self.fp8_weights = fp8_weights(model)
+        self.quantization = "nf4" if self.nf4_weights else "fp8" if self.fp8_weights else None
         self.bank = self._make_bank(use_reference)
         self._output_layer: nn.Module | None = self.model.get_output_embeddings()
         self.is_packed = True
         self.is_checkpointing = False
         self.head_is_plain = False
         self.packing_problem = ""
+        self.fast_body: FastBody | None = None
+        self.fast_body_problem = "it was not asked for"
         findings = probe(self)
         self.is_packed, self.packing_problem = not findings.problem, findings.problem
         self.head_is_plain = findings.head_is_plain
@@ -87,6 +101,11 @@ class Base:
         if not use_reference:
             for names in findings.shared_inputs:
                 self.bank.group(names)
+        if use_reference:
+            self.fast_body_problem = "the plain reference was asked for"
+        elif wants_fast_body:
+            self.fast_body, self.fast_body_problem = build_fast_body(self)
+        self.bank.keeps_flat = self.fast_body is not None
 
     def _make_bank(self, use_reference: bool) -> Bank:
         return Bank(self.model, use_reference=use_reference)
@@ -98,13 +117,15 @@ class Base:
     @property
     def num_parameters(self) -> int:
         """Of the weights as they were before any quantization."""
-        return sum(p.numel() for p in self.frozen_parameters()) + sum(w.num_values for w in self.nf4_weights.values())
+        plain = sum(p.numel() for p in self.frozen_parameters())
+        in_nf4 = sum(weight.num_values for weight in self.nf4_weights.values())
+        return plain + in_nf4 + sum(weight.num_values for weight in self.fp8_weights.values())
 
     @property
     def num_bytes(self) -> int:
         """Resident bytes of the weights."""
         plain = sum(p.numel() * p.element_size() for p in self.frozen_parameters())
-        return plain + self.nf4_bytes
+        return plain + self.nf4_bytes + sum(weight.num_bytes for weight in self.fp8_weights.values())
 
     @property
     def nf4_bytes(self) -> int:
@@ -128,6 +149,10 @@ class Base:
         return BaseKey(weights_identity(self.folder), base_revision(self.folder), self.quantization, dtype)
 
     @property
+    def num_layers(self) -> int:
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
     def max_positions(self) -> int | None:
         return getattr(self.config, "max_position_embeddings", None)
 
@@ -149,8 +174,12 @@ class Base:
             keep: int64 [P], flat token indices whose logits the model's own head must compute where it is not plain.
             cache: The sampler's key-value cache (packed bases only).
         """
-        self._classify_rotary(batch, cache)
+        self.classify_rotary(batch, cache)
         wants_logits = keep is not None and not self.head_is_plain
+        if self.fast_body is not None and self.is_packed and cache is None and not wants_logits:
+            updates = self.fast_body.run_for(batch, self.bank.routing)
+            if updates is not None:
+                return Forward(self.fast_body.forward(batch, updates), None)
         inputs = self._packed_inputs(batch, cache) if self.is_packed else self._padded_inputs(batch)
         at_T = None if self.is_packed else self._padded_index(batch)
         # Not restored afterwards: a backward that recomputes blocks must meet the same attention.
@@ -234,7 +263,8 @@ class Base:
     def _flat(self, hidden: Tensor, at_T: Tensor | None) -> Tensor:
         return hidden[0] if at_T is None else hidden[:, self.num_lead :].flatten(0, 1)[at_T]
 
-    def _classify_rotary(self, batch: PackedBatch, cache: Any) -> None:
+    def classify_rotary(self, batch: PackedBatch, cache: Any) -> None:
+        """Choose LongRoPE's factors for each sequence of the next forward."""
         for rotary in self._rotaries:
             totals = torch.tensor(cache.lengths_after(batch) if cache is not None else batch.lengths)
             is_long_N = totals > rotary.short_positions
@@ -256,9 +286,15 @@ class Base:
         """Most positions of a sequence under LongRoPE's short factors, or None without LongRoPE."""
         return self._rotaries[0].short_positions if self._rotaries else None
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block's activations in the backward instead of keeping them."""
+    def set_checkpointing(self, enabled: bool, num_layers: int | None = None) -> None:
+        """Recompute blocks' activations in the backward instead of keeping them.
+
+        Args:
+            num_layers: How many of the blocks; None for all. Only the fast body takes fewer.
+        """
         self.is_checkpointing = enabled
+        if self.fast_body is not None:
+            self.fast_body.recompute((num_layers if num_layers is not None else self.num_layers) if enabled else 0)
         with warnings.catch_warnings():
             # transformers 5.20 renames these; the old names serve every version from 5.17 on.
             warnings.simplefilter("ignore", FutureWarning)
@@ -280,21 +316,25 @@ def load_base(
     quantization: str | None = None,
     quantized_from: str | torch.dtype | None = None,
     use_reference: bool = False,
+    wants_fast_body: bool = True,
 ) -> Base:
     """Load a causal language model from a folder of safetensors.
 
     Args:
         dtype: Of the weights; where they are quantized, of the rest and of the products.
-        quantization: "nf4" to hold the linear layers but the output layer in NF4, as QLoRA does.
+        quantization: "nf4" to hold the linear layers but the output layer in NF4, as QLoRA does; "fp8" to hold them
+            in e4m3.
         quantized_from: The type that weights are rounded to before they are quantized; None for `dtype`. With another
             it gives the weights that were trained over in that type, computed with in this one.
+        use_reference: Compute everything by the plain paths.
+        wants_fast_body: Run the body by its fast blocks where a probe allows.
 
     Raises:
         ModelError: when the folder holds no such model.
         RecipeError: for NF4 without bitsandbytes.
     """
     model = load_model(folder, device=device, dtype=dtype, quantization=quantization, quantized_from=quantized_from)
-    return Base(model, Path(folder), use_reference=use_reference)
+    return Base(model, Path(folder), use_reference=use_reference, wants_fast_body=wants_fast_body)
 
 
 def load_model(
@@ -314,6 +354,9 @@ def load_model(
     try:
         if quantization is None:
             model = _load_plain(folder, place, wanted)
+        elif quantization == "fp8":
+            model = _load_plain(folder, place, wanted)
+            hold_in_fp8(model)
         elif source == wanted:
             model = load_nf4(AutoModelForCausalLM, folder, place, wanted)
         else:

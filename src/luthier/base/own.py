@@ -36,7 +36,8 @@ class OwnBase(Base):
         self.slot = slot
         self._num_base_parameters = num_base_parameters
         self._is_ready = False
-        super().__init__(model, folder)
+        # The fast blocks know frozen weights alone.
+        super().__init__(model, folder, wants_fast_body=False)
         for parameter in slot.live.values():
             parameter.requires_grad_(True)  # the base freezes all that it is given
         self.bank.admit_owner(slot, seed)

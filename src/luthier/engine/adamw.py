@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from luthier.engine.flat import FlatFactors
 from luthier.extras import require_bitsandbytes
 from luthier.types import TrainSpec
 
@@ -54,16 +55,23 @@ class AdamW(Protocol):
 
 
 def make_adamw(
-    parameters: Mapping[str, nn.Parameter], spec: TrainSpec, rate_ratios: Mapping[str, float] | None = None
+    parameters: Mapping[str, nn.Parameter],
+    spec: TrainSpec,
+    rate_ratios: Mapping[str, float] | None = None,
+    flat: FlatFactors | None = None,
 ) -> AdamW:
     """The implementation that `spec.optimizer` names.
 
     Args:
         rate_ratios: Learning rates as multiples of the job's, of those parameters that have another.
+        flat: Memory that some of the parameters share; torch's AdamW steps it as one where their rates are one.
 
     Raises:
         RecipeError: for one of bitsandbytes where that is not installed.
     """
+    if flat is not None and spec.optimizer == "adamw" and not flat.spans.keys() & (rate_ratios or {}).keys():
+        others = {name: p for name, p in parameters.items() if name not in flat.spans}
+        return FlatAdamW(flat, make_adamw(others, spec, rate_ratios) if others else None, spec)
     by_ratio: dict[float, dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         by_ratio.setdefault((rate_ratios or {}).get(name, 1.0), {})[name] = parameter
@@ -122,6 +130,57 @@ class TorchAdamW:
     @property
     def state_bytes(self) -> int:
         return sum(2 * p.numel() * p.element_size() for p in self._parameters.values())
+
+
+class FlatAdamW:
+    """Both moments of many parameters as one tensor each, stepped in one launch.
+
+    Args:
+        flat: Those parameters' memory. All of them have a gradient at every step.
+        others: What steps the parameters outside it.
+    """
+
+    def __init__(self, flat: FlatFactors, others: AdamW | None, spec: TrainSpec) -> None:
+        self._flat, self._others = flat, others
+        self._inner = TorchAdamW({1.0: {"": flat.values_Z}}, spec)
+
+    def step(self, rate: float) -> None:
+        self._inner.step(rate)
+        if self._others is not None:
+            self._others.step(rate)
+
+    def zero_grad(self) -> None:
+        self._flat.grad_Z.zero_()
+        if self._others is not None:
+            self._others.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        whole = self._inner.state()
+        views = {
+            f"{name}.{moment}": self._flat.view(whole[f".{moment}"], name)
+            for name in (self._flat.spans if whole else ())
+            for moment in MOMENTS
+        }
+        return views | (self._others.state() if self._others is not None else {})
+
+    def steps_of(self) -> dict[str, int]:
+        steps = dict.fromkeys(self._flat.spans, next(iter(self._inner.steps_of().values()), 0))
+        steps = {name: count for name, count in steps.items() if count}
+        return steps | (self._others.steps_of() if self._others is not None else {})
+
+    def load_state(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int]) -> None:
+        whole = {f".{moment}": torch.zeros_like(self._flat.values_Z) for moment in MOMENTS}
+        for name in self._flat.spans:
+            for moment in MOMENTS:
+                self._flat.view(whole[f".{moment}"], name).copy_(tensors[f"{name}.{moment}"])
+        self._inner.load_state(whole, {"": max(steps[name] for name in self._flat.spans)})
+        if self._others is not None:
+            rest = {name: count for name, count in steps.items() if name not in self._flat.spans}
+            self._others.load_state(tensors, rest)
+
+    @property
+    def state_bytes(self) -> int:
+        return self._inner.state_bytes + (self._others.state_bytes if self._others is not None else 0)
 
 
 class BitsandbytesAdamW:

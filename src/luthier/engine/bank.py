@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.base.fp8 import Fp8Linear
 from luthier.base.nf4 import Nf4Linear
 from luthier.engine.pack import Segment
 from luthier.engine.slot import Slot, TokenRows
@@ -72,6 +73,7 @@ class Bank:
         self.slots: dict[int, Slot] = {}
         self.routing = NO_ROUTING
         self.use_reference = use_reference
+        self.keeps_flat = False
         self._next_index = 0
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.input_embedding: nn.Module = model.get_input_embeddings()
@@ -79,7 +81,9 @@ class Bank:
         self.input_name = _name_of(model, self.input_embedding) or ""
         self.is_tied = output is not None and output.weight is self.input_embedding.weight
         self.body_name = _name_of(model, model.base_model) or ""
-        self.linears: dict[str, nn.Linear | Nf4Linear] = {n: m for n, m in model.named_modules() if is_linear(m)}
+        self.linears: dict[str, nn.Linear | Nf4Linear | Fp8Linear] = {
+            n: m for n, m in model.named_modules() if is_linear(m)
+        }
         self._layers: dict[str, BaseLinear] = {}
         self._wrapped: dict[str, BankModule] = {}
         self._groups: list[tuple[str, ...]] = []
@@ -175,6 +179,8 @@ class Bank:
         return self._next_index - 1
 
     def _admit(self, slot: Slot) -> None:
+        if self.keeps_flat and not slot.is_snapshot:
+            slot.gather()
         for name in [*slot.adapters, *slot.saved_modules]:
             self._wrap(name)
         if slot.token_rows is not None:
@@ -226,10 +232,11 @@ class Bank:
                 f"method.modules_to_save: {name} holds layers that are adapted too",
                 fix="name single layers (a norm, an embedding, lm_head), or take them out of method.targets",
             )
-        held = next((part for part in original.modules() if isinstance(part, Nf4Linear)), None)
+        held = next((part for part in original.modules() if isinstance(part, Nf4Linear | Fp8Linear)), None)
         if held is not None:
+            kind = "fp8" if isinstance(held, Fp8Linear) else "NF4"
             raise RecipeError(
-                f"method.modules_to_save: {name} is held in NF4, which cannot be trained",
+                f"method.modules_to_save: {name} is held in {kind}, which cannot be trained",
                 "modules that are not quantized: embeddings, norms, the output layer",
                 "let the adapter reach it through method.targets, or train with `method: lora`",
             )

@@ -17,6 +17,7 @@ import time
 import torch
 
 from luthier.base.load import Base
+from luthier.engine.graphs import build_step_graphs
 from luthier.engine.job import StepReport, TrainingJob
 from luthier.engine.pack import pack
 from luthier.engine.planner import Offer, plan
@@ -38,6 +39,7 @@ class Engine:
         self.budget_tokens = budget_tokens
         self.jobs: dict[str, TrainingJob] = {}
         self._served: dict[str, int] = {}
+        self._graphs = build_step_graphs(base)
 
     def add(self, job: TrainingJob) -> None:
         """Take a job in. It starts level with the least served of the others, so that it neither jumps nor waits."""
@@ -71,7 +73,9 @@ class Engine:
         batch = pack([item for items in micro for item in items], self.base.device)
         started = time.perf_counter()
         try:
-            reports = train_step(self.base, batch, {job.slot.index: job.denominator for job in jobs})
+            denominators = {job.slot.index: job.denominator for job in jobs}
+            reports = train_step(self.base, batch, denominators, self._graphs)
+            norms = self._gradient_norms(jobs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -82,10 +86,18 @@ class Engine:
         for job in jobs:
             report = reports[job.slot.index]
             self._served[job.name] += report.num_tokens
-            done = job.accumulate(report, seconds * report.num_tokens / batch.num_tokens)
+            done = job.accumulate(report, seconds * report.num_tokens / batch.num_tokens, norms.get(job.name))
             if done is not None:
                 finished.append(done)
         return finished
+
+    def _gradient_norms(self, jobs: list[TrainingJob]) -> dict[str, float]:
+        """Of the jobs whose optimizer batch is complete, read at once: on a GPU every read waits for the device."""
+        ending = [job for job in jobs if job.is_at_last_micro_batch]
+        if self.base.device.type == "cpu" or not ending:
+            return {}
+        norms = torch.stack([job.optimizer.finish_gradient() for job in ending]).tolist()
+        return {job.name: norm for job, norm in zip(ending, norms, strict=True)}
 
     def _offer(self, job: TrainingJob) -> Offer:
         items = job.next_micro_batch()
@@ -94,6 +106,8 @@ class Engine:
     def _make_room(self, jobs: list[TrainingJob], error: RuntimeError | MemoryError) -> None:
         """Memory ran short: first run fewer jobs together, then halve the micro-batch of the one that is left."""
         if self.base.device.type == "cuda":
+            if self._graphs is not None:
+                self._graphs.clear()
             torch.cuda.empty_cache()
         for job in jobs:
             job.restart_step()

@@ -71,7 +71,9 @@ class TrainingJob:
         self.micro_batch_tokens = spec.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
         self.steps_per_epoch = math.ceil(len(examples) / spec.batch_size)
         self.total_steps = total_steps(len(examples), spec)
-        self.optimizer = JobOptimizer(slot.parameters(), spec, self.total_steps, slot.rate_ratios(), slot.hooks)
+        self.optimizer = JobOptimizer(
+            slot.parameters(), spec, self.total_steps, slot.rate_ratios(), slot.hooks, slot.flat
+        )
         self.state: State = "running"
         self.problem = ""
         self.num_tokens_done = 0
@@ -118,8 +120,17 @@ class TrainingJob:
         """Total weight of the current optimizer batch."""
         return self._denominator
 
-    def accumulate(self, report: SlotReport, seconds: float) -> StepReport | None:
-        """Take in the report on `next_micro_batch()`; the last one of an optimizer batch steps the optimizer."""
+    @property
+    def is_at_last_micro_batch(self) -> bool:
+        """Whether the next report completes the optimizer batch."""
+        return len(self._pending) == 1
+
+    def accumulate(self, report: SlotReport, seconds: float, norm: float | None = None) -> StepReport | None:
+        """Take in the report on `next_micro_batch()`; the last one of an optimizer batch steps the optimizer.
+
+        Args:
+            norm: The gradient's, where it has been read already.
+        """
         self._pending.popleft()
         totals = self._totals
         self._totals = SlotReport(
@@ -129,7 +140,7 @@ class TrainingJob:
             totals.num_supervised_tokens + report.num_supervised_tokens,
         )
         self._seconds += seconds
-        return None if self._pending else self._finish_step()
+        return None if self._pending else self._finish_step(norm)
 
     def restart_step(self) -> None:
         """Drop what the current optimizer batch has accumulated, so that it starts again from its first micro-batch."""
@@ -178,7 +189,7 @@ class TrainingJob:
         self._denominator = sum(loss_weight(item.example) for item in items)
         self._pending = deque(split_by_tokens(items, self.micro_batch_tokens))
 
-    def _finish_step(self) -> StepReport | None:
+    def _finish_step(self, norm: float | None) -> StepReport | None:
         totals, seconds = self._totals, self._seconds
         if totals.weight_sum == 0:
             self.fail(f"no token of the rows of step {self.step + 1} carries loss; look at them with `luthier check`")
@@ -189,7 +200,7 @@ class TrainingJob:
         if problem:
             self.fail(problem)
             return None
-        norm, rate = self.optimizer.step()
+        norm, rate = self.optimizer.step(norm)
         if not math.isfinite(norm):
             self.fail(f"the gradient is not finite at step {self.step + 1}; {ADVICE}")
             return None

@@ -69,7 +69,8 @@ def activation_bytes_per_token(base: Base, slot: Slot | OwnSlot) -> int:
     which do not grow with the tokens: `activation_bytes_per_forward` has them.
     """
     # Recomputed blocks keep their input alone, and not through a hook.
-    recomputed = base.config.get_text_config().num_hidden_layers * base.hidden_size if base.is_checkpointing else 0
+    hides = base.is_checkpointing and base.fast_body is None
+    recomputed = base.config.get_text_config().num_hidden_layers * base.hidden_size if hides else 0
     per_token = _kept_bytes(base, slot, PROBE_TOKENS) // PROBE_TOKENS
     if isinstance(slot, OwnSlot):
         half = PROBE_TOKENS // 2
@@ -162,6 +163,21 @@ def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> 
         available=available_bytes(base.device),
         per_token=per_token,
     )
+
+
+def recompute_few(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> int:
+    """Turn recomputation on for as few blocks as let the prediction fit, in quarters of them; returns how many.
+
+    Only the fast body takes fewer than all.
+    """
+    num_layers = base.num_layers
+    quarters = [num_layers * part // 4 for part in (1, 2, 3)] if base.fast_body is not None else []
+    for count in quarters:
+        base.set_checkpointing(True, count)
+        if plan_memory(base, jobs, budget_tokens).fits:
+            return count
+    base.set_checkpointing(True)
+    return num_layers
 
 
 def largest_micro_batch(job: TrainingJob, num_batches: int = 200) -> int:

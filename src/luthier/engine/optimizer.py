@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.engine.adamw import MOMENTS, make_adamw
+from luthier.engine.flat import FlatFactors
 from luthier.types import TrainSpec
 
 
@@ -41,6 +42,7 @@ class JobOptimizer:
         total_steps: Length of the schedule.
         rate_ratios: Learning rates as multiples of the job's, of those parameters that have another.
         hooks: What the method does around each step, or None.
+        flat: Memory that some of the parameters share.
     """
 
     def __init__(
@@ -50,35 +52,43 @@ class JobOptimizer:
         total_steps: int,
         rate_ratios: Mapping[str, float] | None = None,
         hooks: StepHooks | None = None,
+        flat: FlatFactors | None = None,
     ) -> None:
         self.parameters = parameters
         self.hooks = hooks
+        self.flat = flat
         self.spec = spec
         self.total_steps = total_steps
         self.num_steps = 0
-        self._adamw = make_adamw(parameters, spec, rate_ratios or {})
+        self._adamw = make_adamw(parameters, spec, rate_ratios or {}, flat)
 
     @property
     def learning_rate(self) -> float:
         """The rate that the next step uses."""
         return learning_rate_at(self.num_steps, self.total_steps, self.spec)
 
-    def step(self) -> tuple[float, float]:
+    def finish_gradient(self) -> Tensor:
+        """Let the method add its part, once the optimizer batch is complete; the gradient's 2-norm, on the device."""
+        if self.hooks is not None:
+            self.hooks.before_step()
+        return nn.utils.get_total_norm([p.grad for p in self._clipped() if p.grad is not None])
+
+    def step(self, norm: float | None = None) -> tuple[float, float]:
         """Clip, step and clear the gradients.
+
+        Args:
+            norm: What `finish_gradient` gave, where it has been read already together with other jobs'.
 
         Returns:
             The gradient's 2-norm before clipping and the learning rate used. A gradient that is not finite is not
             applied.
         """
-        if self.hooks is not None:
-            self.hooks.before_step()
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        total = self.finish_gradient() if norm is None else torch.tensor(norm)
         rate = self.learning_rate
-        value = float(norm)
+        value = float(total) if norm is None else norm
         if math.isfinite(value):
-            if self.spec.max_grad_norm > 0:
-                nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.spec.max_grad_norm, norm)
+            if self.spec.max_grad_norm > 0 and not (norm is not None and norm < self.spec.max_grad_norm):
+                nn.utils.clip_grads_with_norm_(self._clipped(), self.spec.max_grad_norm, total)
             self._adamw.step(rate)
             # These steps write past autograd's count of writes, by which what is derived of a parameter is told stale.
             torch.autograd.graph.increment_version(list(self.parameters.values()))
@@ -89,7 +99,20 @@ class JobOptimizer:
         return value, rate
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad()
+        if self.flat is None:
+            self._adamw.zero_grad()
+            return
+        first, *others = self._clipped()
+        assert first.grad is not None
+        first.grad.zero_()  # kept: kernels add to it by its address
+        for parameter in others:
+            parameter.grad = None
+
+    def _clipped(self) -> list[nn.Parameter]:
+        """The parameters, those in the flat memory as one."""
+        if self.flat is None:
+            return list(self.parameters.values())
+        return [self.flat.values_Z, *(p for name, p in self.parameters.items() if name not in self.flat.spans)]
 
     @property
     def state_bytes(self) -> int:

@@ -38,6 +38,7 @@ class OwnSlot:
         method_hooks: What the method itself does around a step (AdaLoRA), or None.
         has_moved: Whether the weights may differ from where the job began.
         token_rows: Always None: exclusive methods add no tokens.
+        flat: Always None: what trains here lies where the model has it.
     """
 
     spec: ExclusiveSpec
@@ -48,6 +49,7 @@ class OwnSlot:
     has_moved: bool = False
     index: int = OWN_SLOT
     token_rows: None = None
+    flat: None = None
 
     def __post_init__(self) -> None:
         for name, parameter in self.live.items():

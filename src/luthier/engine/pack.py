@@ -119,7 +119,10 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
     with_class = np.flatnonzero(classes != NO_CLASS)
 
     def put(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if torch.device(device).type == "cuda":  # from pinned memory, so that the copy does not wait for the device
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
     return PackedBatch(
         tokens_T=put(tokens),

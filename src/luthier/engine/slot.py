@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from luthier.engine.flat import FlatFactors
 from luthier.engine.optimizer import StepHooks
 from luthier.methods.method import LayerAdapter, check_fits, copy_in
 from luthier.methods.registry import METHODS
@@ -47,6 +48,7 @@ class Slot:
         token_rows: Trained embedding rows, or None.
         head: Sequence head [C, D] without bias, or None.
         is_snapshot: True for an immutable copy that serves.
+        flat: The adapters' memory in one piece, on bases that train by their fast body.
     """
 
     index: int
@@ -56,6 +58,16 @@ class Slot:
     token_rows: TokenRows | None = None
     head: nn.Linear | None = None
     is_snapshot: bool = False
+    flat: FlatFactors | None = None
+
+    def gather(self) -> None:
+        """Move the adapters' parameters into one piece of memory, so that they are stepped in one."""
+        named = {
+            f"{module}.{name}": parameter
+            for module, factors in self.adapters.items()
+            for name, parameter in factors.named_parameters().items()
+        }
+        self.flat = FlatFactors(named) if named else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trainable tensor under a stable name, in a stable order."""
@@ -129,7 +141,7 @@ class Slot:
 
     def snapshot(self, index: int) -> Slot:
         """An immutable copy that can serve while this slot goes on training."""
-        memo: dict[int, object] = {id(self.spec): self.spec}
+        memo: dict[int, object] = {id(self.spec): self.spec, id(self.flat): None}
         twin = copy.deepcopy(self, memo)
         twin.index, twin.is_snapshot = index, True
         for parameter in twin.parameters().values():

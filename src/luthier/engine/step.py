@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier.base.load import Base, Forward
-from luthier.engine.pack import PackedBatch
+from luthier.engine.graphs import StepGraphs
+from luthier.engine.pack import PackedBatch, Segment
 from luthier.objectives.language_modelling import TokenScores, frozen_head_nll, next_token_nll_reference
 from luthier.objectives.sequence_head import class_logits, class_nll
 from luthier.objectives.trained_head import trained_head_nll
@@ -52,15 +54,26 @@ class SequenceReport:
     predicted_class: int = -1
 
 
-def train_step(base: Base, batch: PackedBatch, denominators: Mapping[int, float]) -> dict[int, SlotReport]:
+def train_step(
+    base: Base, batch: PackedBatch, denominators: Mapping[int, float], graphs: StepGraphs | None = None
+) -> dict[int, SlotReport]:
     """Forward and backward; gradients add up in each slot's parameters.
 
     Args:
         denominators: Slot -> total weight of its whole optimizer batch. The slot's loss here is its weighted sum over
-            that
-            total, so that however the optimizer batch is split, and whoever is in the batch, its gradient is the same.
+            that total, so that however the optimizer batch is split, and whoever is in the batch, its gradient is the
+            same.
+        graphs: Captured steps, which take the small batches that they can.
     """
-    with base.bank.routed(base.routing(batch, training=True)):
+    routing = base.routing(batch, training=True)
+    with base.bank.routed(routing):
+        if graphs is not None:
+            weight_P = batch.target_weight_P
+            scores = graphs.run(
+                batch, lambda: weight_P / _per_row(batch.target_segments, denominators, weight_P), routing
+            )
+            if scores is not None:
+                return _slot_reports(batch, scores, None)
         tokens, classes = _scores(base, batch)
         total: Tensor | None = None
         if tokens is not None:
@@ -118,13 +131,35 @@ def _scores(base: Base, batch: PackedBatch) -> tuple[TokenScores | None, tuple[T
 def _token_scores(base: Base, batch: PackedBatch, result: Forward) -> TokenScores:
     if result.logits_PV is not None:
         return next_token_nll_reference(result.logits_PV, batch.target_token_P)
-    hidden_PD = result.hidden_TD[batch.target_at_P]
+    hidden_PD = _rows(result.hidden_TD, batch.target_at_P)
     if base.bank.head_is_plain_for(batch.target_segments) and not base.bank.use_reference:
         weight_VD, bias_V = base.head_weight_VD, base.head_bias_V
         is_trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
         compute = trained_head_nll if is_trained and torch.is_grad_enabled() else frozen_head_nll
         return compute(hidden_PD, weight_VD, bias_V, batch.target_token_P)
     return next_token_nll_reference(base.logits(hidden_PD, batch.target_segments), batch.target_token_P)
+
+
+class _UniqueRows(torch.autograd.Function):
+    """Rows that differ from one another: the backward copies where plain indexing would sort and add."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, at_P: Tensor) -> Tensor:
+        ctx.save_for_backward(at_P)
+        ctx.shape = hidden_TD.shape
+        return hidden_TD.index_select(0, at_P)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (at_P,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, at_P, grads[0]), None
+
+
+def _rows(hidden_TD: Tensor, at_P: Tensor) -> Tensor:
+    if hidden_TD.device.type == "cpu":
+        return hidden_TD[at_P]
+    rows_PD: Tensor = _UniqueRows.apply(hidden_TD, at_P)  # type: ignore[no-untyped-call]
+    return rows_PD
 
 
 def _class_scores(base: Base, batch: PackedBatch, result: Forward) -> tuple[TokenScores, Tensor]:
@@ -143,28 +178,43 @@ def _class_scores(base: Base, batch: PackedBatch, result: Forward) -> tuple[Toke
     return TokenScores(torch.cat(nll), torch.cat(correct)), torch.cat(predicted)
 
 
-def _per_row(segments: tuple, denominators: Mapping[int, float], like: Tensor) -> Tensor:
-    out = torch.empty_like(like)
-    for segment in segments:
-        out[segment.start : segment.end] = denominators[segment.slot]
-    return out
+def _per_row(segments: tuple[Segment, ...], denominators: Mapping[int, float], like: Tensor) -> Tensor:
+    values = torch.tensor([denominators[segment.slot] for segment in segments], dtype=like.dtype)
+    lengths = torch.tensor([segment.end - segment.start for segment in segments])
+    return _on(values.repeat_interleave(lengths), like.device)
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that does not wait for what it is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _segment_sums(values_P: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+    """The sum over each segment."""
+    if values_P.device.type == "cpu":
+        return torch.stack([values_P[segment.start : segment.end].sum() for segment in segments])
+    lengths = torch.tensor([segment.end - segment.start for segment in segments])
+    rows_P = _on(torch.arange(len(segments)).repeat_interleave(lengths), values_P.device)
+    return values_P.new_zeros(len(segments)).index_add_(0, rows_P, values_P)
 
 
 def _slot_reports(batch: PackedBatch, tokens: TokenScores | None, classes: TokenScores | None) -> dict[int, SlotReport]:
     nll: dict[int, float] = {}
     weight: dict[int, float] = {}
     count: dict[int, int] = {}
+    # One read for all slots: every read waits for the device.
     if tokens is not None:
         weighted_P = tokens.nll_P.detach().double() * batch.target_weight_P
-        for segment in batch.target_segments:
-            rows = slice(segment.start, segment.end)
-            nll[segment.slot] = float(weighted_P[rows].sum())
-            weight[segment.slot] = float(batch.target_weight_P[rows].double().sum())
+        sums_2S = torch.stack(
+            [_segment_sums(part, batch.target_segments) for part in (weighted_P, batch.target_weight_P.double())]
+        )
+        for segment, nll_sum, weight_sum in zip(batch.target_segments, *sums_2S.tolist(), strict=True):
+            nll[segment.slot], weight[segment.slot] = nll_sum, weight_sum
             count[segment.slot] = segment.end - segment.start
     if classes is not None:
-        for segment in batch.class_segments:
+        sums_S = _segment_sums(classes.nll_P.detach().double(), batch.class_segments)
+        for segment, part in zip(batch.class_segments, sums_S.tolist(), strict=True):
             size = segment.end - segment.start
-            part = float(classes.nll_P[segment.start : segment.end].detach().double().sum())
             nll[segment.slot] = nll.get(segment.slot, 0.0) + part
             weight[segment.slot] = weight.get(segment.slot, 0.0) + size
             count[segment.slot] = count.get(segment.slot, 0) + size

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.base.fp8 import Fp8Linear
 from luthier.base.nf4 import Nf4Linear
 from luthier.engine.pack import BASE_SLOT, Segment
 from luthier.engine.slot import Slot, TokenRows
@@ -124,7 +125,7 @@ class BankModule(nn.Module):
 class BankLinear(BankModule):
     """A frozen linear layer that slots adapt; slots may also hold a trained copy of it."""
 
-    base: nn.Linear | Nf4Linear
+    base: nn.Linear | Nf4Linear | Fp8Linear
 
     def __init__(self, bank: Bank, name: str, base: nn.Module, layer: BaseLinear, *, is_head: bool) -> None:
         super().__init__(bank, name, base, is_head=is_head)
@@ -318,8 +319,8 @@ def _stack(parts: list[Tensor]) -> Tensor:
     return torch.cat([F.pad(p, (0, width - p.shape[-1]), value=low) if p.shape[-1] < width else p for p in parts])
 
 
-def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Nf4Linear]:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Nf4Linear | Fp8Linear]:
     """Whether it computes W x + b and nothing else: a router that inherits from nn.Linear may give several results."""
-    if isinstance(module, Nf4Linear):
+    if isinstance(module, Nf4Linear | Fp8Linear):
         return True
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward

@@ -18,10 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.ops.capability import runs_kernels
 from luthier.ops.product import backward_product, forward_product
 
 CHUNK_BYTES = 32 * 2**20
 """Size of one chunk's float32 logits."""
+
+GPU_CHUNK_ROWS = 4096
+"""Rows of a chunk on a GPU, whose products want many; its logits stay in the base's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ def next_token_nll_reference(logits_PV: Tensor, targets_P: Tensor) -> TokenScore
 
 def frozen_head_nll(hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor) -> TokenScores:
     """The same for a frozen plain output layer, without keeping logits."""
-    nll_P, is_correct_P = _FrozenHead.apply(hidden_PD, weight_VD, bias_V, targets_P)
+    node = _KernelFrozenHead if hidden_PD.dtype == torch.bfloat16 and runs_kernels(hidden_PD) else _FrozenHead
+    nll_P, is_correct_P = node.apply(hidden_PD, weight_VD, bias_V, targets_P)
     return TokenScores(nll_P, is_correct_P)
 
 
@@ -81,3 +86,56 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_PD,) = ctx.saved_tensors
         return (grad_PD * grads[0][:, None].to(grad_PD.dtype)), None, None, None
+
+
+class _KernelFrozenHead(torch.autograd.Function):
+    """The same where a kernel turns a chunk's logits into loss and gradient in their own memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        nll_P, is_correct_P, grad_PD = _head_by_kernel(
+            hidden_PD, weight_VD, bias_V, targets_P, wants_grad=ctx.needs_input_grad[0]
+        )
+        if grad_PD is not None:
+            ctx.save_for_backward(grad_PD)
+        ctx.mark_non_differentiable(is_correct_P)
+        return nll_P, is_correct_P
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_PD,) = ctx.saved_tensors
+        return grad_PD.mul_(grads[0][:, None]), None, None, None
+
+
+def frozen_head_gradient(
+    hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each row, whether its likeliest token is the target, and the loss's gradient [P, D], without autograd."""
+    if hidden_PD.dtype == torch.bfloat16 and runs_kernels(hidden_PD):
+        nll_P, is_correct_P, grad_PD = _head_by_kernel(hidden_PD, weight_VD, bias_V, targets_P, wants_grad=True)
+        assert grad_PD is not None
+        return nll_P, is_correct_P, grad_PD
+    with torch.enable_grad():
+        leaf_PD = hidden_PD.detach().requires_grad_()
+        scores = frozen_head_nll(leaf_PD, weight_VD, bias_V, targets_P)
+        (found_PD,) = torch.autograd.grad(scores.nll_P.sum(), leaf_PD)
+    return scores.nll_P.detach(), scores.is_correct_P, found_PD
+
+
+def _head_by_kernel(
+    hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_P: Tensor, *, wants_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    from luthier.ops.kernels.cross_entropy import cross_entropy_
+
+    nll_P = torch.empty(hidden_PD.shape[0], dtype=torch.float32, device=hidden_PD.device)
+    is_correct_P = torch.empty(hidden_PD.shape[0], dtype=torch.bool, device=hidden_PD.device)
+    grad_PD = torch.empty_like(hidden_PD) if wants_grad else None
+    for start in range(0, hidden_PD.shape[0], GPU_CHUNK_ROWS):
+        rows = slice(start, start + GPU_CHUNK_ROWS)
+        logits_cV = F.linear(hidden_PD[rows], weight_VD, bias_V)
+        cross_entropy_(logits_cV, targets_P[rows], nll_P[rows], is_correct_P[rows], wants_grad)
+        if grad_PD is not None:
+            torch.mm(logits_cV, weight_VD, out=grad_PD[rows])
+    return nll_P, is_correct_P, grad_PD

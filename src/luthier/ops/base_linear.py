@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.ops.nf4 import FrozenWeight, Nf4Weight, dense_weight
+from luthier.ops.nf4 import FrozenWeight, dense_weight
 from luthier.ops.product import frozen_product
 
 
@@ -51,7 +51,7 @@ class BaseLinear:
     def product(self, x_nI: Tensor) -> Tensor:
         """W x, [n, O]."""
         weight = self.module.weight
-        return frozen_product(x_nI, weight) if isinstance(weight, Nf4Weight) else F.linear(x_nI, weight)
+        return F.linear(x_nI, weight) if isinstance(weight, Tensor) else frozen_product(x_nI, weight)
 
     @property
     def bias_O(self) -> Tensor | None:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.ops.fp8 import Fp8Weight
+
 BLOCK = 64
 """Values that share a scale."""
 
@@ -91,12 +93,12 @@ def quantize(weight_OI: Tensor, dtype: torch.dtype | None = None) -> Nf4Weight:
     return Nf4Weight(packed, state, dtype or weight_OI.dtype)
 
 
-FrozenWeight = Tensor | Nf4Weight
+FrozenWeight = Tensor | Nf4Weight | Fp8Weight
 
 
 def dense_weight(weight_OI: FrozenWeight, dtype: torch.dtype) -> Tensor:
-    """The weight as numbers: a tensor as it is, NF4 dequantized to `dtype`."""
-    return weight_OI.dense(dtype) if isinstance(weight_OI, Nf4Weight) else weight_OI
+    """The weight as numbers: a tensor as it is, NF4 and fp8 dequantized to `dtype`."""
+    return weight_OI if isinstance(weight_OI, Tensor) else weight_OI.dense(dtype)
 
 
 def nf4_forward(x: Tensor, weight: Nf4Weight, bias_O: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.ops.fp8 import Fp8Weight, fp8_backward, fp8_forward
 from luthier.ops.nf4 import COMPUTE_DTYPES, FrozenWeight, Nf4Weight, nf4_forward
 
 
@@ -45,6 +46,8 @@ def forward_product(x_MK: Tensor, weight_NK: FrozenWeight, bias_N: Tensor | None
         if x_MK.is_cuda and x_MK.dtype in COMPUTE_DTYPES:
             return nf4_forward(x_MK, weight_NK, bias_N)
         weight_NK = weight_NK.dense(x_MK.dtype)
+    if isinstance(weight_NK, Fp8Weight):
+        return fp8_forward(x_MK, weight_NK, bias_N)
     if _onednn_serves(x_MK, weight_NK):
         return torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, bias_N, "none", [], "")
     return F.linear(x_MK, weight_NK, bias_N)
@@ -54,6 +57,8 @@ def backward_product(grad_MN: Tensor, weight_NK: FrozenWeight) -> Tensor:
     """g W, [M, K]: the gradient with respect to the input."""
     if isinstance(weight_NK, Nf4Weight):
         weight_NK = weight_NK.dense(grad_MN.dtype)
+    if isinstance(weight_NK, Fp8Weight):
+        return fp8_backward(grad_MN, weight_NK)
     if _onednn_serves(grad_MN, weight_NK):
         return torch.ops.mkldnn._linear_pointwise(grad_MN, weight_NK.t(), None, "none", [], "")
     return grad_MN @ weight_NK

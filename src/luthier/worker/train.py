@@ -20,7 +20,7 @@ import torch
 from luthier.base.load import Base
 from luthier.base.outline import outline
 from luthier.engine.engine import DEFAULT_BUDGET_TOKENS, Engine
-from luthier.engine.memory import MemoryPlan, available_bytes, fit_micro_batches, plan_memory
+from luthier.engine.memory import MemoryPlan, available_bytes, fit_micro_batches, plan_memory, recompute_few
 from luthier.engine.targets import check_layers
 from luthier.errors import MemoryShortError, RecipeError
 from luthier.methods.config import bank_spec, exclusive_spec
@@ -243,8 +243,9 @@ def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> Memor
     base.set_checkpointing("on" in modes)
     plan = plan_memory(base, jobs, engine.budget_tokens)
     if not plan.fits and "on" not in modes and "off" not in modes:
-        base.set_checkpointing(True)
-        progress.note("memory is short: activations are computed again in the backward", "warning")
+        num_layers = recompute_few(base, jobs, engine.budget_tokens)
+        share = f" in {num_layers} of {base.num_layers} blocks" if num_layers < base.num_layers else ""
+        progress.note(f"memory is short: activations are computed again in the backward{share}", "warning")
     engine.budget_tokens = fit_micro_batches(base, jobs, DEFAULT_BUDGET_TOKENS)
     plan = plan_memory(base, jobs, engine.budget_tokens)
     if not plan.fits:
