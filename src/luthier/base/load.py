@@ -62,7 +62,7 @@ class Base:
         folder: Path | None = None,
         *,
         use_reference: bool = False,
-        wants_fast_body: bool = True,
+        wants_fast_body: bool | None = None,
     ) -> None:
         from luthier.base.probe import probe
 
@@ -92,7 +92,7 @@ class Base:
         self.head_is_plain = False
         self.packing_problem = ""
         self.fast_body: FastBody | None = None
-        self.fast_body_problem = "it was not asked for"
+        self.fast_body_problem = "it is chosen on a GPU alone"
         findings = probe(self)
         self.is_packed, self.packing_problem = not findings.problem, findings.problem
         self.head_is_plain = findings.head_is_plain
@@ -103,7 +103,7 @@ class Base:
                 self.bank.group(names)
         if use_reference:
             self.fast_body_problem = "the plain reference was asked for"
-        elif wants_fast_body:
+        elif wants_fast_body if wants_fast_body is not None else self.device.type == "cuda":
             self.fast_body, self.fast_body_problem = build_fast_body(self)
         self.bank.keeps_flat = self.fast_body is not None
 
@@ -316,7 +316,7 @@ def load_base(
     quantization: str | None = None,
     quantized_from: str | torch.dtype | None = None,
     use_reference: bool = False,
-    wants_fast_body: bool = True,
+    wants_fast_body: bool | None = None,
 ) -> Base:
     """Load a causal language model from a folder of safetensors.
 
@@ -327,7 +327,7 @@ def load_base(
         quantized_from: The type that weights are rounded to before they are quantized; None for `dtype`. With another
             it gives the weights that were trained over in that type, computed with in this one.
         use_reference: Compute everything by the plain paths.
-        wants_fast_body: Run the body by its fast blocks where a probe allows.
+        wants_fast_body: Run the body by its fast blocks where a probe allows; by default on a GPU alone.
 
     Raises:
         ModelError: when the folder holds no such model.
