@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.base.fp8 import hold_in_fp8
+from luthier.base.fp8 import prepare_fp8
 from luthier.base.load import Base
 from luthier.engine.engine import Engine
 from luthier.engine.job import TrainingJob
@@ -63,7 +63,7 @@ def main() -> None:
     for name in ("plain", "fast", "fast, fp8 base"):
         made = model()
         if "fp8" in name:
-            hold_in_fp8(made)
+            prepare_fp8(made)
         base = Base(made, wants_fast_body="fast" in name)
         if "fast" in name and base.fast_body is None:
             print(f"{name}: {base.fast_body_problem}")

@@ -125,7 +125,7 @@ def profiled(step: Callable[[], Any]) -> None:
 
 
 def luthier_side(names: list[str], repeats: int, with_profile: bool) -> list[Result]:
-    from luthier.base.fp8 import hold_in_fp8
+    from luthier.base.fp8 import prepare_fp8
     from luthier.base.load import Base
     from luthier.engine.engine import Engine
     from luthier.engine.job import TrainingJob
@@ -142,7 +142,7 @@ def luthier_side(names: list[str], repeats: int, with_profile: bool) -> list[Res
             torch.cuda.empty_cache()
             model = phi3_mini()
             if case.fp8:
-                hold_in_fp8(model)
+                prepare_fp8(model)
             base = Base(model)
             print("fast body:", base.fast_body_problem if base.fast_body is None else "on", flush=True)
         base.set_checkpointing(case.recompute > 0, case.recompute)

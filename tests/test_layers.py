@@ -5,6 +5,7 @@ The contracts in pyproject.toml (`lint-imports`) hold the same layers over the s
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def _core() -> list[str]:
 
 def _engine() -> list[str]:
     names = [name for part in ENGINE for name in _modules(part)]
+    if importlib.util.find_spec("triton") is None:  # it comes with torch's builds for CUDA alone
+        names = [name for name in names if not name.startswith("luthier.ops.kernels.")]
     return names + [name for name in _modules("methods") if not name.endswith("config")]
 
 

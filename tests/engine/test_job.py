@@ -91,9 +91,9 @@ def test_the_cuts_do_not_depend_on_company(tiny_llama: object, make_examples: Ma
         seen: list[list[int]] = []
         accumulate = job.accumulate
 
-        def noting(report: SlotReport, seconds: float) -> object:
+        def noting(report: SlotReport, seconds: float, norm: float | None = None) -> object:
             seen.append([item.example.row for item in job.next_micro_batch()])
-            return accumulate(report, seconds)
+            return accumulate(report, seconds, norm)
 
         job.accumulate = noting  # type: ignore[assignment, method-assign]
         run_all(engine)

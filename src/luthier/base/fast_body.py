@@ -198,7 +198,7 @@ class FastBody:
     def _projection(self, name: str) -> Projection:
         linear = self.base.bank.linears[name]
         self.layer_names.append(name)
-        return Projection(FrozenLayer(linear.weight, linear.bias), len(self.layer_names) - 1)
+        return Projection(FrozenLayer(linear), len(self.layer_names) - 1)
 
 
 def build_fast_body(base: Base) -> tuple[FastBody | None, str]:

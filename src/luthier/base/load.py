@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from luthier.base.attention import PACKED_ATTENTION
 from luthier.base.fast_body import FastBody, build_fast_body
 from luthier.base.folder import read_json
-from luthier.base.fp8 import fp8_weights, hold_in_fp8
+from luthier.base.fp8 import Fp8Linear, prepare_fp8, settle_fp8
 from luthier.base.identity import BaseKey, base_revision, weights_identity
 from luthier.base.nf4 import hold_in_nf4, load_nf4, nf4_weights
 from luthier.base.rope import PerSequenceRotary, wrap_longrope
 from luthier.engine.bank import Bank, Routing
 from luthier.engine.pack import PackedBatch, Segment
 from luthier.errors import ModelError
+from luthier.ops.fp8 import Fp8Weight
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,9 @@ class Base:
         self._attention = self.config._attn_implementation
         self._rotaries: list[PerSequenceRotary] = wrap_longrope(model)
         self.nf4_weights = nf4_weights(model)
-        self.fp8_weights = fp8_weights(model)
-        self.quantization = "nf4" if self.nf4_weights else "fp8" if self.fp8_weights else None
+        is_fp8 = any(isinstance(module, Fp8Linear) for module in model.modules())
+        self.fp8_weights: dict[str, Fp8Weight] = {}
+        self.quantization = "nf4" if self.nf4_weights else "fp8" if is_fp8 else None
         self.bank = self._make_bank(use_reference)
         self._output_layer: nn.Module | None = self.model.get_output_embeddings()
         self.is_packed = True
@@ -106,6 +108,7 @@ class Base:
         elif wants_fast_body if wants_fast_body is not None else self.device.type == "cuda":
             self.fast_body, self.fast_body_problem = build_fast_body(self)
         self.bank.keeps_flat = self.fast_body is not None
+        self.fp8_weights = settle_fp8(model)
 
     def _make_bank(self, use_reference: bool) -> Bank:
         return Bank(self.model, use_reference=use_reference)
@@ -356,7 +359,7 @@ def load_model(
             model = _load_plain(folder, place, wanted)
         elif quantization == "fp8":
             model = _load_plain(folder, place, wanted)
-            hold_in_fp8(model)
+            prepare_fp8(model)
         elif source == wanted:
             model = load_nf4(AutoModelForCausalLM, folder, place, wanted)
         else:

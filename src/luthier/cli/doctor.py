@@ -71,7 +71,7 @@ def examine() -> list[Finding]:
         check_packages,
         lambda: [check_processor(), check_memory()],
         check_disk,
-        lambda: [check_cuda(), check_cache(), check_hub()],
+        lambda: [check_cuda(), check_fast_paths(), check_cache(), check_hub()],
     ]
     return [finding for check in checks for finding in check()]
 
@@ -177,6 +177,16 @@ def check_cuda() -> Finding:
         advice = "this torch does not see the GPU: install a CUDA build of torch that fits the driver"
         return Finding("GPU", "warning", f"none for torch {torch.__version__}", advice)
     return Finding("GPU", "ok", "none; jobs run on the processor")
+
+
+def check_fast_paths() -> Finding:
+    """Which of the engine's fast paths this machine can take. A base may still be one that they do not know."""
+    try:
+        from luthier.ops.capability import fp8_problem, kernels_problem
+    except (ImportError, OSError):  # reported under GPU
+        return Finding("fast paths", "ok", "none without torch")
+    paths = (("Triton kernels and captured steps", kernels_problem()), ("fp8 products", fp8_problem()))
+    return Finding("fast paths", "ok", "; ".join(f"{name}: {f'off, {why}' if why else 'on'}" for name, why in paths))
 
 
 def check_cache() -> Finding:
