@@ -1,0 +1,79 @@
+"""What the record refuses. Each has what an HTTP answer needs, so that the service adds nothing but the envelope."""
+
+from __future__ import annotations
+
+from luthier.errors import LuthierError
+
+
+class Refusal(LuthierError):
+    """A request that is not carried out.
+
+    Args:
+        message: What is wrong and what to do, in a sentence or two.
+        param: The field concerned, as the caller named it.
+        code: A short fixed name.
+        retry_after_seconds: When to try again, where that helps.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+        self.retry_after_seconds = retry_after_seconds
+
+
+class InvalidRefusal(Refusal):
+    """The request does not hold, or the thing is in a state that forbids it (the client retries 409, so this is 400)."""
+
+
+class KeyRefusal(Refusal):
+    """No key, or one that is not valid."""
+
+    status = 401
+
+
+class ScopeRefusal(Refusal):
+    """The key is valid and may not do this."""
+
+    status = 403
+    type = "permission_error"
+
+
+class MissingRefusal(Refusal):
+    """There is no such thing, or it is another tenant's: the two answer alike."""
+
+    status = 404
+
+
+class TooLargeRefusal(Refusal):
+    """More bytes than are taken."""
+
+    status = 413
+
+
+class QuotaRefusal(Refusal):
+    """A quota or a rate limit is used up."""
+
+    status = 429
+    type = "rate_limit_error"
+
+
+class UnavailableRefusal(Refusal):
+    """Nobody can do it just now."""
+
+    status = 503
+    type = "server_error"
+
+
+class LeaseLostError(LuthierError):
+    """A worker speaks of a job that it no longer holds."""
+
+
+def missing(noun: str, name: str, param: str | None = None) -> MissingRefusal:
+    """The one answer for what does not exist and for what is somebody else's."""
+    return MissingRefusal(f"No such {noun}: {name}", param=param, code="not_found")
