@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import postgres
 import pytest
 from tiny_models import write_tiny_llama, write_tiny_phi3, write_tiny_qwen3
 
@@ -44,3 +46,22 @@ def real_base() -> Path:
     from luthier.base.fetch import resolve
 
     return resolve("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Server]:
+    """A PostgreSQL for the session; what needs it is skipped where it is not installed."""
+    binaries = postgres.find_binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL is not installed")
+    with postgres.running(binaries) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new, empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'luthier.db'}"
+    server: postgres.Server = request.getfixturevalue("postgres_server")
+    return server.fresh()
