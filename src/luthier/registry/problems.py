@@ -5,7 +5,7 @@ from __future__ import annotations
 from luthier.errors import LuthierError
 
 
-class Refusal(LuthierError):
+class RefusedError(LuthierError):
     """A request that is not carried out.
 
     Args:
@@ -19,7 +19,12 @@ class Refusal(LuthierError):
     type = "invalid_request_error"
 
     def __init__(
-        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_seconds: float | None = None
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
         self.param = param
@@ -27,43 +32,43 @@ class Refusal(LuthierError):
         self.retry_after_seconds = retry_after_seconds
 
 
-class InvalidRefusal(Refusal):
-    """The request does not hold, or the thing is in a state that forbids it (the client retries 409, so this is 400)."""
+class InvalidRequestError(RefusedError):
+    """The request does not hold, or something is in a state that forbids it (400: the client would retry a 409)."""
 
 
-class KeyRefusal(Refusal):
+class InvalidKeyError(RefusedError):
     """No key, or one that is not valid."""
 
     status = 401
 
 
-class ScopeRefusal(Refusal):
+class ScopeError(RefusedError):
     """The key is valid and may not do this."""
 
     status = 403
     type = "permission_error"
 
 
-class MissingRefusal(Refusal):
+class MissingError(RefusedError):
     """There is no such thing, or it is another tenant's: the two answer alike."""
 
     status = 404
 
 
-class TooLargeRefusal(Refusal):
+class TooLargeError(RefusedError):
     """More bytes than are taken."""
 
     status = 413
 
 
-class QuotaRefusal(Refusal):
+class QuotaError(RefusedError):
     """A quota or a rate limit is used up."""
 
     status = 429
     type = "rate_limit_error"
 
 
-class UnavailableRefusal(Refusal):
+class UnavailableError(RefusedError):
     """Nobody can do it just now."""
 
     status = 503
@@ -74,6 +79,6 @@ class LeaseLostError(LuthierError):
     """A worker speaks of a job that it no longer holds."""
 
 
-def missing(noun: str, name: str, param: str | None = None) -> MissingRefusal:
+def missing(noun: str, name: str, param: str | None = None) -> MissingError:
     """The one answer for what does not exist and for what is somebody else's."""
-    return MissingRefusal(f"No such {noun}: {name}", param=param, code="not_found")
+    return MissingError(f"No such {noun}: {name}", param=param, code="not_found")

@@ -63,6 +63,7 @@ class ClaimedJob:
         tenant, weight: Whose it is, and the tenant's share against the others'.
         spec: A JobSpec's values.
         train_file, validation_file: Keys of blobs; the second may be None.
+        hold_out: Share of the training rows to hold out where there is no validation file.
         start_from: Key prefix of the adapter to go on from, or None.
         checkpoint: Key prefix of the checkpoint to resume from, or None for a fresh start.
         model: Name of the model that it makes: `ft:...`.
@@ -75,6 +76,7 @@ class ClaimedJob:
     spec: dict[str, Any]
     train_file: str
     validation_file: str | None
+    hold_out: float
     start_from: str | None
     checkpoint: str | None
     model: str

@@ -79,7 +79,7 @@ class Database:
         return ""
 
     def now(self, session: Session) -> float:
-        """The time that leases are measured by: the server's own where there is one, whatever the clocks around it say."""
+        """The time that leases are measured by: the database server's own where there is one."""
         if self.is_sqlite:
             return time.time()
         return float(session.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())

@@ -130,6 +130,7 @@ class Job(Table):
     validation_blob: Mapped[str | None] = mapped_column(Text)
     start_from: Mapped[str | None] = mapped_column(Text)
     parent: Mapped[str | None] = mapped_column(String(512))
+    hold_out: Mapped[float] = mapped_column(default=0.0)
     rows_checked: Mapped[bool]
     created_at: Mapped[int]
     started_at: Mapped[int | None]

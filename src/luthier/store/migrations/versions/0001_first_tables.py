@@ -115,6 +115,7 @@ def upgrade() -> None:
         sa.Column("validation_blob", sa.Text(), nullable=True),
         sa.Column("start_from", sa.Text(), nullable=True),
         sa.Column("parent", sa.String(length=512), nullable=True),
+        sa.Column("hold_out", sa.Float(precision=53), nullable=False),
         sa.Column("rows_checked", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("started_at", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True),
