@@ -104,9 +104,7 @@ class Batches:
             session.add(BatchLine(batch=batch, line=line, answer=answer, is_error=is_error))
             session.flush()
             row = session.scalars(select(Batch).where(Batch.id == batch).with_for_update()).one()
-            errors = session.scalar(
-                select(func.count()).where(BatchLine.batch == batch, BatchLine.is_error.is_(True))
-            )
+            errors = session.scalar(select(func.count()).where(BatchLine.batch == batch, BatchLine.is_error.is_(True)))
             total = session.scalar(select(func.count()).where(BatchLine.batch == batch))
             row.counts = {**row.counts, "completed": int(total or 0) - int(errors or 0), "failed": int(errors or 0)}
 

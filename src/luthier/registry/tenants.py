@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from luthier.registry.problems import InvalidRequestError, InvalidKeyError, QuotaError, missing
+from luthier.registry.problems import InvalidKeyError, InvalidRequestError, QuotaError, missing
 from luthier.store.database import Database, new_id, now_seconds
 from luthier.store.tables import File, Job, Key, RequestCount, Tenant, Upload, Usage
 

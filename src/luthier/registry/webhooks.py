@@ -129,6 +129,8 @@ def address_problem(url: str, may_be_private: bool) -> str:
     except (OSError, UnicodeError):
         return "names a host that is not known"
     addresses = {ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found}
-    return "" if all(address.is_global and not address.is_multicast for address in addresses) else (
-        "leads to a private address"
+    return (
+        ""
+        if all(address.is_global and not address.is_multicast for address in addresses)
+        else ("leads to a private address")
     )

@@ -32,7 +32,12 @@ def create_app(context: Context, *, runs_background: bool = True) -> FastAPI:
         await context.dispatcher.close()
 
     app = FastAPI(
-        title="Luthier", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
+        title="Luthier",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
     )
     app.state.context = context
     add_error_handlers(app)

@@ -107,14 +107,14 @@ def _check(
 def _refuse_problems(report: DataReport, files: dict[str, File], train: str) -> None:
     if not report.num_problems:
         return
-    shown = [_named(replace(p, file=files[p.file].filename if p.file in files else "").message, files)
-             for p in report.problems[:NUM_SHOWN]]
+    shown = [
+        _named(replace(p, file=files[p.file].filename if p.file in files else "").message, files)
+        for p in report.problems[:NUM_SHOWN]
+    ]
     rest = report.num_problems - len(shown)
     text = f"{report.num_problems:,} rows cannot be trained on: " + "; ".join(shown)
     param = "training_file" if any(p.file == train for p in report.problems) else "validation_file"
-    raise InvalidRequestError(
-        text + (f"; and {rest:,} more." if rest else "."), param=param, code=f"invalid_{param}"
-    )
+    raise InvalidRequestError(text + (f"; and {rest:,} more." if rest else "."), param=param, code=f"invalid_{param}")
 
 
 def _named(text: str, files: dict[str, File]) -> str:

@@ -48,7 +48,11 @@ class WantedJob:
         batch = _choose(hyper.batch_size, max(1, min(16, num_rows // 16)))
         multiplier = float(_choose(hyper.learning_rate_multiplier, 1.0))
         default_rate = JobSpec.model_fields["train"].default.learning_rate
-        train: dict[str, Any] = {"epochs": float(epochs), "batch_size": batch, "learning_rate": default_rate * multiplier}
+        train: dict[str, Any] = {
+            "epochs": float(epochs),
+            "batch_size": batch,
+            "learning_rate": default_rate * multiplier,
+        }
         train |= {"seed": self.seed} | given
         asked = train.get("micro_batch_tokens")
         if isinstance(asked, int) or asked is None:
@@ -73,7 +77,9 @@ def read_wish(body: JobCreate, base: str) -> WantedJob:
     hold_out = _hold_out(own.pop("validation", NO_VALIDATION), body)
     odd = [name for name in own if name not in OWN_FIELDS]
     if odd:
-        what = "the base is named in `model`" if odd[0] == "base" else f"known: {', '.join((*OWN_FIELDS, 'validation'))}"
+        what = (
+            "the base is named in `model`" if odd[0] == "base" else f"known: {', '.join((*OWN_FIELDS, 'validation'))}"
+        )
         raise InvalidRequestError(f"luthier.{odd[0]} is not a field; {what}.", param=f"luthier.{odd[0]}")
     if body.integrations:
         raise InvalidRequestError("Integrations are not served; leave them out.", param="integrations")
@@ -137,9 +143,7 @@ def _hold_out(value: Any, body: JobCreate) -> float:
             param="luthier.validation",
         )
     if value and body.validation_file is not None:
-        raise InvalidRequestError(
-            "Give validation_file or luthier.validation, not both.", param="luthier.validation"
-        )
+        raise InvalidRequestError("Give validation_file or luthier.validation, not both.", param="luthier.validation")
     return float(value)
 
 

@@ -119,7 +119,13 @@ def set_price(base: IdPath, body: PriceSet, caller: Admin, context: ContextDep) 
 
 def _tenant(row: Tenant) -> dict[str, Any]:
     quotas = {name: getattr(row, name) for name in QUOTAS}
-    return {"id": row.id, "object": "tenant", "name": row.name, "weight": row.weight, "created_at": row.created_at} | quotas
+    return {
+        "id": row.id,
+        "object": "tenant",
+        "name": row.name,
+        "weight": row.weight,
+        "created_at": row.created_at,
+    } | quotas
 
 
 def _key(row: Key) -> dict[str, Any]:

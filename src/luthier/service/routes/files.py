@@ -73,9 +73,7 @@ def file_content(file_id: IdPath, caller: Tuner, context: ContextDep) -> Streami
 def create_upload(body: UploadCreate, caller: Tuner, context: ContextDep) -> dict[str, Any]:
     """Announce a file that comes in parts."""
     seconds = body.expires_after.seconds if body.expires_after else None
-    return upload_object(
-        context.files.begin_upload(caller.tenant, body.filename, body.purpose, body.bytes, seconds)
-    )
+    return upload_object(context.files.begin_upload(caller.tenant, body.filename, body.purpose, body.bytes, seconds))
 
 
 @router.post("/uploads/{upload_id}/parts")
@@ -87,9 +85,7 @@ def create_part(
 
 
 @router.post("/uploads/{upload_id}/complete")
-def complete_upload(
-    upload_id: IdPath, body: UploadComplete, caller: Tuner, context: ContextDep
-) -> dict[str, Any]:
+def complete_upload(upload_id: IdPath, body: UploadComplete, caller: Tuner, context: ContextDep) -> dict[str, Any]:
     """Join the parts into a file."""
     upload, file = context.files.complete_upload(caller.tenant, upload_id, body.part_ids, body.md5)
     return upload_object(upload, file)
