@@ -65,7 +65,8 @@ class ClaimedJob:
         train_file, validation_file: Keys of blobs; the second may be None.
         hold_out: Share of the training rows to hold out where there is no validation file.
         start_from: Key prefix of the adapter to go on from, or None.
-        checkpoint: Key prefix of the checkpoint to resume from, or None for a fresh start.
+        checkpoints: Key prefixes of the checkpoint to resume from and, where that is another, of the best one so far;
+            empty for a fresh start. A prefix ends in the checkpoint's own name.
         model: Name of the model that it makes: `ft:...`.
         rows_checked: Whether every line of the files has been looked at already.
     """
@@ -78,7 +79,7 @@ class ClaimedJob:
     validation_file: str | None
     hold_out: float
     start_from: str | None
-    checkpoint: str | None
+    checkpoints: tuple[str, ...]
     model: str
     rows_checked: bool = False
 
@@ -110,7 +111,7 @@ class CheckpointRecord:
         num_bytes: Their size.
         step: The optimizer step.
         metrics: As the OpenAI surface names them.
-        serves: Whether its adapter may be chatted with under a name of its own.
+        best_step: The step with the best validation loss so far; its files are kept. 0 where nothing is held out.
     """
 
     step: int
@@ -118,7 +119,7 @@ class CheckpointRecord:
     sha256: str
     num_bytes: int
     metrics: dict[str, float] = field(default_factory=dict)
-    serves: bool = True
+    best_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class JobResult:
 
 
 class WorkRecord(Protocol):
-    """What the record offers a worker. Every verb is one transaction; all but the first three need a live claim.
+    """What the record offers a worker. Every verb is one transaction; those about a job need a live claim.
 
     Raises (all verbs that take a claim):
         LeaseLostError: when the job is held by another, or has ended.
@@ -148,6 +149,9 @@ class WorkRecord(Protocol):
 
     def register(self, card: WorkerCard, lease_seconds: float) -> None:
         """A worker is here and takes jobs and requests for its base."""
+
+    def wanted_bases(self) -> list[str]:
+        """Bases that somebody waits for and no live worker holds, the longest waiting first."""
 
     def heartbeat(self, worker: str, lease_seconds: float) -> dict[str, Wish]:
         """Renew the worker's lease and those of its jobs; returns what is asked of jobs that it holds, by job id."""

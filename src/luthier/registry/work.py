@@ -26,9 +26,11 @@ from luthier.registry.tenants import num_running, trained_tokens_today
 from luthier.registry.usage import add_usage, job_cost
 from luthier.store.blobs import Blobs
 from luthier.store.database import Database, new_id, now_seconds
-from luthier.store.tables import Checkpoint, Event, File, Job, Model, Tenant, Worker
+from luthier.store.tables import Checkpoint, Demand, Event, File, Job, Model, Tenant, Worker
 
 CLAIMABLE = ("validating_files", "queued", "running")
+DEMAND_SECONDS = 120.0
+"""How long a request for a base counts after it was made."""
 MAX_LOSSES = 10
 """A job whose holders die this often without a checkpoint in between is taken to be what kills them."""
 
@@ -73,10 +75,30 @@ class StoredWork:
             if row is not None:
                 session.delete(row)
 
+    def wanted_bases(self) -> list[str]:
+        with self._database.reading() as session:
+            now = self._database.now(session)
+            held = {worker.base for worker in live_workers(session, None, now)}
+            wanted = {row.base: row.wanted_at for row in session.scalars(select(Demand))}
+            asked = {base: at for base, at in wanted.items() if at > now - DEMAND_SECONDS}
+            is_free = or_(Job.holder.is_(None), Job.lease_until < now)
+            waiting = select(Job.base, func.min(Job.created_at)).where(Job.status.in_(CLAIMABLE), is_free)
+            for base, at in session.execute(waiting.group_by(Job.base)):
+                asked[base] = min(float(at), asked.get(base, float(at)))
+        return sorted((base for base in asked if base not in held), key=lambda base: asked[base])
+
     # -- jobs
 
+    def _has_waiting(self, worker: str) -> bool:
+        with self._database.reading() as session:
+            now = self._database.now(session)
+            is_free = or_(Job.holder.is_(None), Job.lease_until < now)
+            waiting = select(Job.id).join(Worker, Worker.base == Job.base)
+            waiting = waiting.where(Worker.id == worker, Job.status.in_(CLAIMABLE), is_free)
+            return session.scalar(waiting.limit(1)) is not None
+
     def claim(self, worker: str, max_jobs: int, lease_seconds: float) -> list[ClaimedJob]:
-        if max_jobs < 1:
+        if max_jobs < 1 or not self._has_waiting(worker):
             return []
         with self._database.writing() as session:
             now = self._database.now(session)
@@ -106,11 +128,12 @@ class StoredWork:
         job.holder, job.epoch, job.lease_until = worker, job.epoch + 1, now + lease_seconds
         if job.started_at is not None:
             job.status = "running"
-        checkpoint = session.scalar(
+        saved = session.scalars(
             select(Checkpoint)
             .where(Checkpoint.job == job.id, Checkpoint.blob.is_not(None))
             .order_by(Checkpoint.step.desc())
-        )
+        ).all()
+        needed = [row.blob for at, row in enumerate(saved) if at == 0 or row.step == job.best_step]
         tenant = tenants[job.tenant]
         return ClaimedJob(
             claim=Claim(job.id, worker, job.epoch),
@@ -121,7 +144,7 @@ class StoredWork:
             validation_file=job.validation_blob,
             hold_out=job.hold_out,
             start_from=job.start_from,
-            checkpoint=checkpoint.blob if checkpoint is not None else None,
+            checkpoints=tuple(blob for blob in needed if blob is not None),
             model=job.tuned_model,
             rows_checked=job.rows_checked,
         )
@@ -217,7 +240,7 @@ class StoredWork:
                 unneeded.append(row.blob)
             row.metrics, row.blob = checkpoint.metrics, checkpoint.prefix
             row.sha256, row.num_bytes = checkpoint.sha256, checkpoint.num_bytes
-            job.num_losses = 0
+            job.num_losses, job.best_step = 0, checkpoint.best_step
             session.flush()
             unneeded += _retire(session, job)
         return unneeded
@@ -327,14 +350,15 @@ def _end(session: Session, job: Job, status: str, error: dict[str, Any] | None) 
 
 
 def _retire(session: Session, job: Job) -> list[str]:
-    """Keep the files of the newest three checkpoints, as the OpenAI surface does."""
+    """Keep the files of the newest three checkpoints, as the OpenAI surface does, and of the best one."""
     rows = session.scalars(
         select(Checkpoint)
         .where(Checkpoint.job == job.id, Checkpoint.blob.is_not(None))
         .order_by(Checkpoint.step.desc())
     ).all()
-    gone = [row.blob for row in rows[3:] if row.blob is not None]
-    for row in rows[3:]:
+    retired = [row for row in rows[3:] if row.step != job.best_step]
+    gone = [row.blob for row in retired if row.blob is not None]
+    for row in retired:
         row.blob = None
     return gone
 

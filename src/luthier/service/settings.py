@@ -43,7 +43,7 @@ class ServiceSettings:
     storage: str = ""
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
-    step_tokens: int = 512
+    step_tokens: int = 256
     max_file_bytes: int = 512 * 2**20
     lease_seconds: float = 15.0
     start_seconds: float = 60.0

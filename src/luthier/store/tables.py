@@ -144,6 +144,7 @@ class Job(Table):
     result_file: Mapped[str | None] = mapped_column(String(64))
     error: Mapped[dict[str, Any] | None]
     num_losses: Mapped[int] = mapped_column(default=0)
+    best_step: Mapped[int] = mapped_column(default=0)
     holder: Mapped[str | None] = mapped_column(String(64))
     epoch: Mapped[int] = mapped_column(default=0)
     lease_until: Mapped[float | None]

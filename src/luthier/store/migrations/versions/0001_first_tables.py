@@ -129,6 +129,7 @@ def upgrade() -> None:
         sa.Column("result_file", sa.String(length=64), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("num_losses", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("best_step", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("holder", sa.String(length=64), nullable=True),
         sa.Column("epoch", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("lease_until", sa.Float(precision=53), nullable=True),
