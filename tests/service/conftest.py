@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 from running import Service, make_context, serving, working
+from tiny_models import write_tiny_llama
 
 
 @pytest.fixture(scope="session")
-def service(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    context = make_context(folder, tiny_llama)
+    base = write_tiny_llama(folder / "model", max_position_embeddings=512)
+    context = make_context(folder, base)
     with serving(context) as running, working(context, folder / "worker"):
         running.tenant("acme")
         running.tenant("other")

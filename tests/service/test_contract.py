@@ -280,9 +280,10 @@ def test_keys_and_scopes(service: Service) -> None:
 def test_the_rate_limit_says_when_to_come_back(service: Service) -> None:
     key = service.tenant("busy", max_requests_per_minute=2)
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key=key, max_retries=0)
+    for _ in range(2):
+        client.models.list()
     with pytest.raises(openai.RateLimitError) as refused:
-        for _ in range(6):
-            client.models.list()
+        [client.models.list() for _ in range(4)]  # the minute may turn in between
     assert 0 < int(refused.value.response.headers["retry-after"]) <= 60
 
 

@@ -47,10 +47,14 @@ def serve_command(
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise RecipeError(f"{host}:{port} cannot be listened on: {error.strerror}", fix="choose another --port") from None
+        raise RecipeError(
+            f"{host}:{port} cannot be listened on: {error.strerror}", fix="choose another --port"
+        ) from None
     address = f"http://{host}:{listener.getsockname()[1]}"
     _say_hello(context, address)
-    server = uvicorn.Server(uvicorn.Config(create_app(context), log_config=None, access_log=False, timeout_graceful_shutdown=10))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(context), log_config=None, access_log=False, timeout_graceful_shutdown=10)
+    )
     stop = _start_supervisor(context) if workers else (lambda: None)
     try:
         server.run(sockets=[listener])
@@ -70,7 +74,9 @@ def worker_command(
     max_jobs: Annotated[int, typer.Option("--max-jobs", help="Most jobs that train together.")] = 16,
     max_adapters: Annotated[int, typer.Option("--max-adapters", help="Most adapters that serve from memory.")] = 64,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; default: all cores.")] = None,
-    idle_seconds: Annotated[float, typer.Option("--idle", help="End after so long without work; 0 never.")] = IDLE_SECONDS,
+    idle_seconds: Annotated[
+        float, typer.Option("--idle", help="End after so long without work; 0 never.")
+    ] = IDLE_SECONDS,
     lasting: Annotated[bool, typer.Option("--supervise", help="Start workers for whatever base is asked for.")] = False,
 ) -> None:
     """Run a worker of one base (--base NAME), or start workers as bases are asked for (--supervise)."""

@@ -1,8 +1,9 @@
-"""`luthier tenants`, `keys`, `usage`, `backup` and `restore`: the operator's verbs, on the machine that has the store."""
+"""`luthier tenants`, `keys`, `usage`, `backup` and `restore`: the operator's verbs, where the store is."""
 
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -118,6 +119,32 @@ def usage_command(
     for row in rows:
         counts = "  ".join(f"{kind} {row[f'{kind}_tokens']:,}" for kind in ("trained", "prompt", "generated"))
         print(f"{_day(row['day'])}  {row['tenant']}  {row['model']}  {counts}  cost {row['cost']:g}")
+
+
+def backup_command(
+    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    data: Data = None,
+) -> None:
+    """Copy database and blobs into a new folder, while the service runs. For SQLite; PostgreSQL has pg_dump."""
+    from luthier.registry.backup import back_up
+
+    context = open_context(data, None)
+    num_files = back_up(context.database, context.blobs, target)
+    print(f"{target} holds the database and {num_files} blobs.")
+
+
+def restore_command(
+    source: Annotated[Path, typer.Argument(help="What `luthier backup` wrote.")],
+    data: Data = None,
+) -> None:
+    """Put a backup where no service has been yet."""
+    from luthier.registry.backup import restore
+    from luthier.service.settings import read_service_settings
+    from luthier.store.blobs import Blobs
+
+    settings = read_service_settings(data)
+    restore(source, settings.database_url, Blobs(settings.storage, dict(settings.storage_options)))
+    print(f"{settings.data_folder} holds what {source} held.")
 
 
 def _day(seconds: int) -> str:

@@ -4,8 +4,8 @@ Every job offers its next micro-batch, whose bounds are its own affair. The plan
 forward: the job that has been served least per unit of its share comes first, and others join while the budget lasts.
 So a job with small batches never waits behind a large one for long, and none is starved.
 
-Jobs may belong to groups (a tenant's jobs): then the least served group comes first, and within it the least served job,
-so that twenty jobs of one owner get no more than the one job of another.
+Jobs may belong to groups (a tenant's jobs): then the least served group comes first, and within it the least served
+job, so that twenty jobs of one owner get no more than the one job of another.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def plan(offers: Sequence[Offer], budget_tokens: int, lead_tokens: float = math.
     A micro-batch larger than the budget runs alone.
 
     Args:
-        lead_tokens: How far a group may come to lead the least served one, per unit of share. A group further ahead waits
-            even where there is room: a forward costs by its tokens, so what it carries for one delays the others.
+        lead_tokens: How far a group may come to lead the least served one, per unit of share. A group further ahead
+            waits even where there is room: a forward costs by its tokens, so what it carries for one delays the
+            others.
     """
     served = {_group(offer): _group_served(offer) for offer in offers}
     left = list(offers)

@@ -112,7 +112,7 @@ def sign(secret: str, event: str, timestamp: int, body: str) -> str:
 
 
 def address_problem(url: str, may_be_private: bool) -> str:
-    """Why a URL is not called, or an empty string. Asked again before each call, for names may change what they mean."""
+    """Why a URL is not called, or an empty string. Asked before each call, for names may change what they mean."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port

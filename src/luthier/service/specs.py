@@ -36,8 +36,8 @@ class WantedJob:
     def spec(self, num_rows: int, step_tokens: int) -> tuple[JobSpec, dict[str, Any]]:
         """The JobSpec, and the hyperparameters as they were resolved.
 
-        "auto" becomes: 3 epochs below 1,000 rows, 2 below 10,000, else 1; batches of a sixteenth of the rows, at least 1
-        and at most 16; a learning-rate multiplier of 1, which multiplies `train.learning_rate`'s default.
+        "auto" becomes: 3 epochs below 1,000 rows, 2 below 10,000, else 1; batches of a sixteenth of the rows, at least
+        1 and at most 16; a learning-rate multiplier of 1, which multiplies `train.learning_rate`'s default.
 
         Raises:
             InvalidRequestError: naming every field under `luthier` that does not hold.

@@ -114,7 +114,7 @@ class _BodyTooLargeError(Exception):
 
 
 class RequestLog:
-    """Gives each request an id, counts it, and writes one structured line about it. Bodies and keys are never logged."""
+    """Gives each request an id, counts it, and writes one structured line. Bodies and keys are never logged."""
 
     def __init__(self, app: ASGIApp, measures: Measures) -> None:
         self.app = app

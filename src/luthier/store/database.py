@@ -110,7 +110,8 @@ def open_database(url: str) -> Database:
 
 def _sqlite_engine(url: str) -> Engine:
     # A connection a session: SQLite's are cheap, and none is left over for a forked or dying process.
-    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
+    arguments = {"timeout": BUSY_SECONDS, "check_same_thread": False}
+    engine = create_engine(url, poolclass=NullPool, connect_args=arguments, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: Any, record: Any) -> None:
@@ -132,7 +133,8 @@ def _sqlite_engine(url: str) -> Engine:
 
 
 def _server_engine(url: str) -> Engine:
-    return create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True)
+    # Parameters hold what tenants sent, which belongs in no log.
+    return create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True, hide_parameters=True)
 
 
 def new_id(prefix: str, length: int = 24) -> str:

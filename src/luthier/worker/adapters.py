@@ -1,7 +1,7 @@
 """Adapters that serve: immutable slots, loaded when they are asked for, and let go when others need the room.
 
-An adapter is named by the key prefix of its files, which are written once and never change, so that name is its content.
-A job that saves a checkpoint hands its snapshot over in memory under the prefix of that checkpoint.
+An adapter is named by the key prefix of its files, which are written once and never change, so that name is its
+content. A job that saves a checkpoint hands its snapshot over in memory under the prefix of that checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Records what the worker does, in order, in a thread of its own, so that no forward waits for a database or a bucket."""
+"""Records what the worker does, in order, in a thread of its own: no forward waits for a database or a bucket."""
 
 from __future__ import annotations
 

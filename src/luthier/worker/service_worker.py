@@ -1,8 +1,9 @@
 """The service's worker: one process, one base, jobs of all tenants trained together, and replies of their adapters.
 
-One thread runs the base. It takes turns: a forward and backward for the jobs, then forwards for the replies, for as long
-as their share of the time allows. What it must not wait for is elsewhere: the heartbeat and claims, fetching and
-rendering of jobs' data, recording, and the HTTP endpoint have threads of their own, and hand things over through `_inbox`.
+One thread runs the base. It takes turns: a forward and backward for the jobs, then forwards for the replies, for as
+long as their share of the time allows. What it must not wait for is elsewhere: the heartbeat and claims, fetching and
+rendering of jobs' data, recording, and the HTTP endpoint have threads of their own, and hand things over through
+`_inbox`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an operator's machines ask: alive, ready, and figures for Prometheus. No key is needed, and no tenant is named."""
+"""What an operator's machines ask: alive, ready, figures for Prometheus. No key is needed, no tenant is named."""
 
 from __future__ import annotations
 
