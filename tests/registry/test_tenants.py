@@ -81,11 +81,11 @@ def test_another_tenants_things_do_not_exist(record: Record) -> None:
     for verb in (
         lambda: record.files.get(other.tenant, file.id),
         lambda: record.files.delete(other.tenant, file.id),
-        lambda: record.files.list(other.tenant, after=file.id),
+        lambda: record.files.page(other.tenant, after=file.id),
         lambda: record.jobs.get(other.tenant, job.id),
         lambda: record.jobs.cancel(other.tenant, job.id),
         lambda: record.jobs.events(other.tenant, job.id),
-        lambda: record.jobs.list(other.tenant, after=job.id),
+        lambda: record.jobs.page(other.tenant, after=job.id),
     ):
         with pytest.raises(MissingError, match="No such"):
             verb()

@@ -147,7 +147,7 @@ def test_a_model_id_with_a_path(caller: openai.OpenAI, model: str) -> None:
 
 
 def test_a_body_cut_half_way_leaves_nothing(small: Service) -> None:
-    before, files = stored(small), len(small.context.files.list(small.context.tenants.get("acme").id).items)
+    before, files = stored(small), len(small.context.files.page(small.context.tenants.get("acme").id).items)
     parts = urlsplit(small.url)
     head = (
         "POST /v1/files HTTP/1.1\r\nhost: x\r\n"
@@ -160,7 +160,7 @@ def test_a_body_cut_half_way_leaves_nothing(small: Service) -> None:
         time.sleep(0.2)
     time.sleep(0.3)
     assert stored(small) == before
-    assert len(small.context.files.list(small.context.tenants.get("acme").id).items) == files
+    assert len(small.context.files.page(small.context.tenants.get("acme").id).items) == files
 
 
 @pytest.mark.parametrize(

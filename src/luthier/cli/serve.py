@@ -136,7 +136,7 @@ def open_context(data: str | None, bases: list[str] | None, only_named: bool = T
 def _say_hello(context: Context, address: str) -> None:
     """Print the address, and on the first start a tenant's first key."""
     lines = [f"Luthier serves {address}/v1"]
-    if not context.tenants.list():
+    if not context.tenants.all():
         context.tenants.create("default")
         _, key = context.tenants.create_key("default", ["admin", "tune", "infer"], "first")
         lines += [f"First key (tenant default, all scopes; shown this once): {key}"]

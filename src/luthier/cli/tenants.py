@@ -41,7 +41,7 @@ def create_tenant(
 @tenants_app.command("list")
 def list_tenants(data: Data = None) -> None:
     """All tenants."""
-    for row in open_context(data, None).tenants.list():
+    for row in open_context(data, None).tenants.all():
         print(f"{row.id}  {row.name}  weight {row.weight:g}")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from sqlalchemy import select
 
 from luthier.errors import RunError
-from luthier.store.blobs import PIECE_BYTES, Blobs
+from luthier.store.blobs import Blobs, file_pieces
 from luthier.store.database import Database, open_database
 from luthier.store.tables import File, Model
 
@@ -69,7 +69,7 @@ def restore(source: Path, database_url: str, blobs: Blobs) -> None:
         if file.is_file():
             with file.open("rb") as stream:
                 key = file.relative_to(root).as_posix()
-                blobs.write(key, iter(lambda stream=stream: stream.read(PIECE_BYTES), b""))
+                blobs.write(key, file_pieces(stream))
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / DATABASE_FILE, path)
     database = open_database(database_url)

@@ -45,7 +45,7 @@ class Batches:
         with self._database.reading() as session:
             return _batch(session, tenant, batch)
 
-    def list(self, tenant: str, after: str | None, limit: int) -> Page:
+    def page(self, tenant: str, after: str | None, limit: int) -> Page:
         with self._database.reading() as session:
             query = select(Batch).where(Batch.tenant == tenant)
             if after is not None:

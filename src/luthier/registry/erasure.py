@@ -37,7 +37,10 @@ def erase_tenant(database: Database, blobs: Blobs, tenant: str) -> None:
         row = session.scalar(select(Tenant).where((Tenant.id == tenant) | (Tenant.name == tenant)))
         if row is None:
             raise missing("tenant", tenant, "tenant")
-        held = session.scalar(select(Job.id).where(Job.tenant == row.id, Job.holder.is_not(None)))
+        now = database.now(session)
+        held = session.scalar(
+            select(Job.id).where(Job.tenant == row.id, Job.holder.is_not(None), Job.lease_until > now)
+        )
         if held is not None:
             raise InvalidRequestError(f"The job {held} is still held by a worker; cancel it, and try again.")
         own = {

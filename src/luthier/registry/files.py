@@ -82,7 +82,7 @@ class Files:
             session.add(row)
         return row
 
-    def list(
+    def page(
         self,
         tenant: str,
         purpose: str | None = None,

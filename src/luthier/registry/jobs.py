@@ -117,7 +117,7 @@ class Jobs:
         with self._database.reading() as session:
             return job_cost(session, job.id)
 
-    def list(
+    def page(
         self, tenant: str, after: str | None = None, limit: int = 20, metadata: Mapping[str, str] | None = None
     ) -> Page:
         """A page, newest first.

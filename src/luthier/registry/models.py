@@ -38,7 +38,7 @@ class Models:
         self._database = database
         self._blobs = blobs
 
-    def list(self, tenant: str) -> list[Model]:
+    def owned(self, tenant: str) -> list[Model]:
         """The tenant's own, newest first."""
         with self._database.reading() as session:
             return list(session.scalars(select(Model).where(Model.tenant == tenant).order_by(Model.seq.desc())))

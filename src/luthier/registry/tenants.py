@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from luthier.registry.problems import InvalidKeyError, InvalidRequestError, QuotaError, missing
 from luthier.store.database import Database, new_id, now_seconds
-from luthier.store.tables import File, Job, Key, RequestCount, Tenant, Upload, Usage
+from luthier.store.tables import Checkpoint, File, Job, Key, Model, RequestCount, Tenant, Upload, Usage
 
 SCOPES = ("admin", "tune", "infer")
 LIVE_STATUSES = ("validating_files", "queued", "running")
@@ -73,7 +73,7 @@ class Tenants:
             session.add(tenant)
         return tenant
 
-    def list(self) -> list[Tenant]:
+    def all(self) -> list[Tenant]:
         with self._database.reading() as session:
             return list(session.scalars(select(Tenant).order_by(Tenant.seq)))
 
@@ -199,10 +199,14 @@ def check_storage(session: Session, tenant: str, more_bytes: int) -> None:
 
 
 def storage_bytes(session: Session, tenant: str) -> int:
-    """Bytes of the tenant's files, open uploads and models."""
-    files = session.scalar(select(func.sum(File.num_bytes)).where(File.tenant == tenant)) or 0
-    open_uploads = select(func.sum(Upload.num_bytes)).where(Upload.tenant == tenant, Upload.status == "pending")
-    return int(files) + int(session.scalar(open_uploads) or 0)
+    """Bytes of the tenant's files, announced uploads, models and checkpoints."""
+    parts = (
+        select(func.sum(File.num_bytes)).where(File.tenant == tenant),
+        select(func.sum(Upload.num_bytes)).where(Upload.tenant == tenant, Upload.status == "pending"),
+        select(func.sum(Model.num_bytes)).where(Model.tenant == tenant),
+        select(func.sum(Checkpoint.num_bytes)).where(Checkpoint.tenant == tenant, Checkpoint.blob.is_not(None)),
+    )
+    return sum(int(session.scalar(part) or 0) for part in parts)
 
 
 def num_running(session: Session, tenant: str) -> int:

@@ -71,7 +71,8 @@ class UsageBook:
     ) -> None:
         """Bill one inference request."""
         with self._database.writing() as session:
-            for kind, count in (("prompt", num_prompt_tokens), ("generated", num_tokens)):
+            counts: tuple[tuple[Kind, int], ...] = (("prompt", num_prompt_tokens), ("generated", num_tokens))
+            for kind, count in counts:
                 add_usage(
                     session,
                     tenant=tenant,
@@ -80,7 +81,7 @@ class UsageBook:
                     kind=kind,
                     base=base,
                     model=model,
-                    num_tokens=count,  # type: ignore[arg-type]
+                    num_tokens=count,
                 )
 
     def by_day(self, tenant: str | None, since_day: int = 0) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ class Webhooks:
             session.add(row)
         return row
 
-    def list(self, tenant: str) -> list[Webhook]:
+    def all(self, tenant: str) -> list[Webhook]:
         with self._database.reading() as session:
             return list(session.scalars(select(Webhook).where(Webhook.tenant == tenant).order_by(Webhook.seq)))
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from luthier.registry.events import add_event, announce_end
@@ -92,7 +92,7 @@ class StoredWork:
     def _has_waiting(self, worker: str) -> bool:
         with self._database.reading() as session:
             now = self._database.now(session)
-            is_free = or_(Job.holder.is_(None), Job.lease_until < now)
+            is_free = _is_free(now, worker)
             waiting = select(Job.id).join(Worker, Worker.base == Job.base)
             waiting = waiting.where(Worker.id == worker, Job.status.in_(CLAIMABLE), is_free)
             return session.scalar(waiting.limit(1)) is not None
@@ -105,7 +105,7 @@ class StoredWork:
             card = session.get(Worker, worker)
             if card is None:
                 return []
-            is_free = or_(Job.holder.is_(None), Job.lease_until < now)
+            is_free = _is_free(now, worker)
             waiting = select(Job).where(Job.base == card.base, Job.status.in_(CLAIMABLE), is_free)
             jobs = list(session.scalars(waiting.order_by(Job.seq).with_for_update(skip_locked=True)))
             if not jobs:
@@ -303,6 +303,11 @@ class StoredWork:
         if job is None or job.holder != claim.worker or job.epoch != claim.epoch:
             raise LeaseLostError(f"the job {claim.job} is no longer {claim.worker}'s")
         return job
+
+
+def _is_free(now: float, worker: str) -> ColumnElement[bool]:
+    """Held by nobody, or by another that is dead. What a worker holds it never claims again, however late it is."""
+    return or_(Job.holder.is_(None), and_(Job.lease_until < now, Job.holder != worker))
 
 
 def _choose(session: Session, jobs: list[Job], tenants: dict[str, Tenant], max_jobs: int) -> list[Job]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -13,12 +14,27 @@ Name = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f
 Id = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_-]+$")]
 Auto = Literal["auto"]
 MAX_SEED = 2**31 - 1
+_UNFIT = re.compile("[\x00\ud800-\udfff]")
 
 
 class Body(BaseModel):
     """An unknown field is an error: what is not understood is not passed over."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_can_be_stored(cls, values: Any) -> Any:
+        left = [values]
+        while left:
+            value = left.pop()
+            if isinstance(value, dict):
+                left += [*value, *value.values()]
+            elif isinstance(value, list):
+                left += value
+            elif isinstance(value, str) and _UNFIT.search(value):
+                raise ValueError("a text holds a NUL, or half of a surrogate pair")
+        return values
 
 
 class Hyperparameters(Body):

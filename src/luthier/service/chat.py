@@ -161,7 +161,7 @@ class ChatForm:
         }
 
     def deltas(self, index: int, reply: Reply, pieces: list[Piece], event: SampleEvent) -> list[dict[str, Any]]:
-        made = []
+        made: list[dict[str, Any]] = []
         logprobs = self._logprobs(event.logprobs or [])
         if not reply.has_role:
             reply.has_role = True
@@ -173,7 +173,9 @@ class ChatForm:
                 first_call += 1
             else:
                 made.append({"content": piece.text})
-        choices = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in made]
+        choices: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in made
+        ]
         if logprobs is not None and event.logprobs:
             if len(made) == 0 or "content" not in made[-1]:
                 choices.append({"index": index, "delta": {"content": ""}, "logprobs": None, "finish_reason": None})

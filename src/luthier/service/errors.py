@@ -65,6 +65,8 @@ def add_error_handlers(app: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code == 404:
             message = not_served(request.method, request.url.path)
+        elif error.status_code == 413:
+            return error_response(kind(message, code="request_too_large"))
         elif error.status_code == 405:
             message = f"{request.method} is not a method of {request.url.path}."
         return error_response(kind(message, code="unknown_url" if error.status_code == 404 else None))

@@ -10,9 +10,10 @@ import uuid
 from typing import Any
 from urllib.parse import unquote
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from luthier.registry.problems import TooLargeError
+from luthier.registry.problems import InvalidRequestError, TooLargeError
 from luthier.service.errors import error_response
 from luthier.service.measures import Measures
 
@@ -31,6 +32,10 @@ class AzurePaths:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and ("\x00" in scope["path"] or b"%00" in scope["query_string"]):
+            error = InvalidRequestError("The URL holds a NUL, which no name here has.", code="invalid_url")
+            await error_response(error)(scope, receive, send)
+            return
         if scope["type"] == "http" and scope["path"].startswith("/openai/"):
             scope = dict(scope)
             path: str = scope["path"]
@@ -71,46 +76,45 @@ class BodyLimit:
         headers = dict(scope["headers"])
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit:
-            await self._refuse(limit, limit * 4, scope, receive, send)
+            await self._refuse(limit, scope, receive, send)
             return
         size = 0
-        has_begun = False
 
         async def counted() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
             if size > limit:
-                raise _BodyTooLargeError
+                await _drain(receive, limit)
+                raise _BodyTooLargeError(413, _too_large(limit).message)
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
+        await self.app(scope, counted, send)
 
-        try:
-            await self.app(scope, counted, noted)
-        except _BodyTooLargeError:
-            if not has_begun:
-                await self._refuse(limit, limit * 4, scope, receive, send)
-
-    async def _refuse(self, limit: int, drain_bytes: int, scope: Scope, receive: Receive, send: Send) -> None:
-        drained = 0
-        while drained < drain_bytes:
-            message = await receive()
-            drained += len(message.get("body", b""))
-            if message["type"] != "http.request" or not message.get("more_body"):
-                break
-        error = TooLargeError(
-            f"The request is larger than {(limit // 2**20) or 1} MB. Send files in parts (uploads), or split them.",
-            code="request_too_large",
-        )
-        await error_response(error)(scope, receive, send)
+    async def _refuse(self, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
+        await _drain(receive, limit)
+        await error_response(_too_large(limit))(scope, receive, send)
 
 
-class _BodyTooLargeError(Exception):
-    pass
+class _BodyTooLargeError(HTTPException):
+    """An HTTPException, so that whoever reads the body lets it pass."""
+
+
+async def _drain(receive: Receive, limit: int) -> None:
+    """Read on and throw away, for a client that is still sending would not hear the answer; not without end."""
+    drained = 0
+    while drained < limit * 4:
+        message = await receive()
+        drained += len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return
+
+
+def _too_large(limit: int) -> TooLargeError:
+    size = f"{max(1, limit // 2**20)} MB"
+    return TooLargeError(
+        f"The request is larger than {size}. Send files in parts (uploads), or split them.", code="request_too_large"
+    )
 
 
 class RequestLog:

@@ -115,7 +115,7 @@ class Blobs:
             if path.is_file():
                 name = path.relative_to(folder).as_posix()
                 with path.open("rb") as file:
-                    written = self.write(f"{prefix}/{name}", iter(lambda file=file: file.read(PIECE_BYTES), b""))
+                    written = self.write(f"{prefix}/{name}", file_pieces(file))
                 digest.update(f"{name}\0{written.sha256}\n".encode())
                 size += written.num_bytes
         return Written(size, digest.hexdigest())
@@ -191,6 +191,12 @@ class Blobs:
         except (StorageError, OSError) as error:
             return str(error).splitlines()[0]
         return ""
+
+
+def file_pieces(file: IO[bytes]) -> Iterator[bytes]:
+    """A file's bytes, a piece at a time."""
+    while piece := file.read(PIECE_BYTES):
+        yield piece
 
 
 def _protocols(files: Any) -> tuple[str, ...]:

@@ -45,9 +45,16 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A session that only reads, in one snapshot; what it gives stays readable afterwards."""
+        """A session that only reads; what it gives stays readable afterwards.
+
+        Raises:
+            StorageError: when the database is locked or gone.
+        """
         with Session(self._engine, expire_on_commit=False) as session:
-            yield session
+            try:
+                yield session
+            except OperationalError as error:
+                raise StorageError(f"the database does not answer: {error.orig}", fix="try again") from error
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
@@ -74,7 +81,7 @@ class Database:
         try:
             with self.reading() as session:
                 session.execute(select(1))
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, StorageError) as error:
             return str(error.__cause__ or error)
         return ""
 

@@ -34,10 +34,8 @@ class SavedFiles:
 
     def put(self, blobs: Blobs) -> tuple[str, int]:
         """Copy them into the store, and forget them here; returns digest and size."""
-        try:
-            written = blobs.put_folder(self.prefix, self.folder)
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        written = blobs.put_folder(self.prefix, self.folder)  # where this fails, the files stay to be tried again
+        shutil.rmtree(self.folder, ignore_errors=True)
         return written.sha256, written.num_bytes
 
 

@@ -210,8 +210,7 @@ class ServiceWorker:
         total, rows, tokens = run.job.total_steps, run.num_rows, run.num_tokens
         self._recorder.put(run.id, lambda: self._record.begin(claim, total, rows, tokens))
         run.run.judge_base()
-        if run.id in self._runs:  # it may have been cancelled while the base was judged
-            self._engine.add(run.job, run.claimed.tenant, run.claimed.weight)
+        self._engine.add(run.job, run.claimed.tenant, run.claimed.weight)
 
     def _turn_away(self, run: RecordedRun) -> None:
         """There is no memory for this job now: others finish first, or it never fits."""
@@ -340,8 +339,6 @@ class ServiceWorker:
             self._forget(run)
             return
         files, result = run.take_result(peak_memory_bytes(self.base.device), device_name(self.base))
-        if run.id not in self._runs:
-            return  # dropped while the model was judged
         self._slots.adopt(result.prefix, run.job.slot)
 
         def record() -> None:

@@ -35,7 +35,7 @@ def create_webhook(body: WebhookCreate, caller: Tuner, context: ContextDep) -> d
 @router.get("/webhooks")
 def list_webhooks(caller: Tuner, context: ContextDep) -> dict[str, Any]:
     """The caller's webhooks."""
-    return {"object": "list", "data": [_webhook(row) for row in context.webhooks.list(caller.tenant)]}
+    return {"object": "list", "data": [_webhook(row) for row in context.webhooks.all(caller.tenant)]}
 
 
 @router.delete("/webhooks/{webhook}")
@@ -55,7 +55,7 @@ def create_tenant(body: TenantCreate, caller: Admin, context: ContextDep) -> dic
 @router.get("/admin/tenants")
 def list_tenants(caller: Admin, context: ContextDep) -> dict[str, Any]:
     """All tenants."""
-    return {"object": "list", "data": [_tenant(row) for row in context.tenants.list()]}
+    return {"object": "list", "data": [_tenant(row) for row in context.tenants.all()]}
 
 
 @router.post("/admin/tenants/{tenant}")

@@ -36,7 +36,7 @@ def create_batch(body: BatchCreate, caller: Inferrer, context: ContextDep) -> di
 @router.get("")
 def list_batches(caller: Inferrer, context: ContextDep, after: After = None, limit: Limit = 20) -> dict[str, Any]:
     """Batches, newest first."""
-    return page_object(context.batches.list(caller.tenant, after, limit), batch_object)
+    return page_object(context.batches.page(caller.tenant, after, limit), batch_object)
 
 
 @router.get("/{batch_id}")

@@ -43,7 +43,7 @@ def list_files(
     order: Order = "desc",
 ) -> dict[str, Any]:
     """Files, newest first."""
-    return page_object(context.files.list(caller.tenant, purpose, after, limit, order), file_object)
+    return page_object(context.files.page(caller.tenant, purpose, after, limit, order), file_object)
 
 
 @router.get("/files/{file_id}")

@@ -76,7 +76,7 @@ def list_jobs(
     pairs = {found[1]: value for name, value in request.query_params.items() if (found := _METADATA.match(name))}
     wants_none = request.query_params.get("metadata") == "null"
     metadata = pairs or ({} if wants_none else None)
-    page = context.jobs.list(caller.tenant, after, limit, metadata)
+    page = context.jobs.page(caller.tenant, after, limit, metadata)
     return page_object(page, lambda job: _answer(context, job))
 
 

@@ -17,7 +17,7 @@ router = APIRouter(responses=ERRORS, tags=["models"])
 @router.get("/models")
 def list_models(caller: Anyone, context: ContextDep) -> dict[str, Any]:
     """Every model that the caller can name."""
-    tuned = [model_object(model) for model in context.models.list(caller.tenant)]
+    tuned = [model_object(model) for model in context.models.owned(caller.tenant)]
     return {"object": "list", "data": tuned + [base_object(base) for base in context.bases.all()]}
 
 
