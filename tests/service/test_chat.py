@@ -103,7 +103,7 @@ def test_json_by_a_schema(client: openai.OpenAI) -> None:
 
 
 def test_tools_become_tool_calls(client: openai.OpenAI) -> None:
-    ask: dict[str, Any] = {"model": BASE, "messages": ASK, "tools": [TOOL], "max_tokens": 60, "seed": 1}
+    ask: dict[str, Any] = {"model": BASE, "messages": ASK, "tools": [TOOL], "max_tokens": 150, "seed": 1}
     for choice in ("required", {"type": "function", "function": {"name": "set_lamp"}}):
         answer = client.chat.completions.create(**ask, tool_choice=choice)
         strictly(ChatCompletion, answer)
@@ -173,7 +173,7 @@ def test_a_tuned_model_answers_as_it_was_tuned(client: openai.OpenAI) -> None:
     rows = [{"messages": [*ASK, {"role": "assistant", "content": "door"}]}] * 12
     content = "\n".join(map(json.dumps, rows)).encode()
     file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
-    own = {"train": {"epochs": 20.0, "learning_rate": 2e-2, "checkpoint_every": 5}}
+    own = {"train": {"epochs": 25.0, "learning_rate": 5e-3, "batch_size": 4, "checkpoint_every": 20}}
     job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
     done = wait_for(job.id, client)
     assert done.status == "succeeded", done.error

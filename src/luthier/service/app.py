@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from luthier import __version__
 from luthier.service.background import Background
 from luthier.service.context import Context
 from luthier.service.errors import add_error_handlers
@@ -33,7 +32,7 @@ def create_app(context: Context, *, runs_background: bool = True) -> FastAPI:
 
     app = FastAPI(
         title="Luthier",
-        version=__version__,
+        version="1",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
