@@ -15,7 +15,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from running import Service, make_context, serving
 from schemathesis.checks import not_a_server_error
-from schemathesis.openapi.checks import status_code_conformance  # type: ignore[attr-defined]
+from schemathesis.specs.openapi.checks import status_code_conformance
 
 NUM_EXAMPLES = int(os.environ.get("LUTHIER_TEST_FUZZ", "5"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -39,6 +40,7 @@ def create_app(context: Context, *, runs_background: bool = True) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.state.context = context
+    logging.getLogger("uvicorn.access").disabled = True  # it writes whole paths; our own log writes routes
     add_error_handlers(app)
     # The models' routes end in a free path, so those of fine-tuning, whose names have colons too, come first.
     for router in (files.router, jobs.router, chat.router, batches.router, admin.router, models.router):
