@@ -31,7 +31,7 @@ NUM_WORKER_KILLS, NUM_API_KILLS = (int(n) for n in os.environ.get("LUTHIER_TEST_
 NUM_JOBS = 8
 OWN: dict[str, Any] = {
     "method": {"type": "lora", "rank": 2},
-    "train": {"epochs": 12.0, "checkpoint_every": 7},
+    "train": {"epochs": 10.0, "batch_size": 4, "checkpoint_every": 7},
     "validation": 0.2,
 }
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,11 +54,15 @@ def serve_command(
         raise RecipeError(
             f"{host}:{port} cannot be listened on: {error.strerror}", fix="choose another --port"
         ) from None
+    listener.listen(128)  # now, so that who reads the address can connect
     address = f"http://{host}:{listener.getsockname()[1]}"
     _say_hello(context, address)
     server = uvicorn.Server(
         uvicorn.Config(create_app(context), log_config=None, access_log=False, timeout_graceful_shutdown=10)
     )
+    # uvicorn takes these signals while it runs and raises them again at its end, which must not cut ours short.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     stop = _start_supervisor(context) if workers else (lambda: None)
     try:
         server.run(sockets=[listener])
@@ -81,13 +89,14 @@ def worker_command(
 ) -> None:
     """Run a worker of one base (--base NAME), or start workers as bases are asked for (--supervise)."""
     _log_json()
-    context = open_context(data, bases, only_named=False)
+    context = open_context(data, bases)
     if lasting:
+        is_over = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: is_over.set())
         stop = _start_supervisor(context)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            stop()
+        is_over.wait()
+        stop()
         return
     if not bases or len(bases) != 1:
         raise RecipeError("a worker holds one base", "--base NAME, once", "or --supervise, to start one a base")
@@ -96,9 +105,8 @@ def worker_command(
     from luthier.worker.service_worker import WorkerOptions, run_worker
 
     settings = context.settings
+    _sweep(settings.scratch)
     name = next(iter(settings.bases))
-    import os
-
     options = WorkerOptions(
         base=name,
         source=ServedBases(settings.bases).source(name),
@@ -116,7 +124,7 @@ def worker_command(
     run_worker(StoredWork(context.database, context.blobs), context.blobs, options)
 
 
-def open_context(data: str | None, bases: list[str] | None, only_named: bool = True) -> Context:
+def open_context(data: str | None, bases: list[str] | None) -> Context:
     """The store that the environment and the options name, opened."""
     try:
         from luthier.service.context import Context
@@ -143,7 +151,8 @@ def _say_hello(context: Context, address: str) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _start_supervisor(context: Context):  # type: ignore[no-untyped-def]
+def _start_supervisor(context: Context) -> Callable[[], None]:
+    """Start workers as they are wanted; the answer ends them."""
     from luthier.registry.work import StoredWork
     from luthier.worker.served_bases import ServedBases
     from luthier.worker.supervisor import Supervisor
@@ -160,6 +169,18 @@ def _start_supervisor(context: Context):  # type: ignore[no-untyped-def]
         thread.join()
 
     return stop
+
+
+def _sweep(scratch: Path) -> None:
+    """Remove what workers that were killed left in the scratch folder."""
+    import shutil
+
+    import psutil
+
+    for folder in scratch.glob("worker-*"):
+        pid = folder.name.removeprefix("worker-")
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _log_json() -> None:
