@@ -108,7 +108,7 @@ def measure(admin: openai.OpenAI, seconds: float) -> tuple[float, dict[str, int]
     before, started = trained(admin), time.perf_counter()
     time.sleep(seconds)
     after, spent = trained(admin), time.perf_counter() - started
-    gained = {tenant: after[tenant] - before.get(tenant, 0) for tenant in after}
+    gained = {tenant: after[tenant] - before.get(tenant, 0) for tenant in after if after[tenant]}
     return sum(gained.values()) / spent, gained
 
 

@@ -9,7 +9,7 @@ import json
 import socket
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,9 +23,12 @@ MEGABYTE = 2**20
 
 
 @pytest.fixture(scope="module")
-def small(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def small(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, service_database: Callable[[], str]
+) -> Iterator[Service]:
     """An API without a worker that takes files of 2 MB."""
-    context = make_context(tmp_path_factory.mktemp("small"), tiny_llama, max_file_bytes=2 * MEGABYTE, start_seconds=0.2)
+    settings: dict[str, Any] = {"max_file_bytes": 2 * MEGABYTE, "start_seconds": 0.2}
+    context = make_context(tmp_path_factory.mktemp("small"), tiny_llama, service_database(), **settings)
     with serving(context) as running:
         running.tenant("acme")
         yield running

@@ -42,7 +42,9 @@ class WantedJob:
         Raises:
             InvalidRequestError: naming every field under `luthier` that does not hold.
         """
-        given = dict(self.own.get("train") or {})
+        given = self.own.get("train") or {}
+        if not isinstance(given, dict):
+            raise InvalidRequestError("luthier.train is an object with fields.", param="luthier.train")
         hyper = self.hyperparameters
         epochs = _choose(hyper.n_epochs, 3 if num_rows < 1_000 else 2 if num_rows < 10_000 else 1)
         batch = _choose(hyper.batch_size, max(1, min(16, num_rows // 16)))

@@ -78,7 +78,7 @@ def _grammar(wanted: dict[str, Any]) -> str:
     if wanted.get("json_object"):
         return str(LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=_WHITESPACE))  # type: ignore[arg-type]
     calls = [_call_schema(function) for function in wanted["tools"]]
-    schema = json.dumps({"anyOf": calls})
+    schema = json.dumps({"anyOf": calls, "x-guidance": _WHITESPACE})
     return str(LLMatcher.grammar_from_lark(f'start: "<tool_call>" call "</tool_call>"\ncall: %json {schema}\n'))
 
 
