@@ -32,6 +32,7 @@ class AdapterFolders:
         self._max = max_folders
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Path] = OrderedDict()
+        self._fetching: dict[str, threading.Lock] = {}
         self._renderers: dict[str, Renderer] = {}
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -42,19 +43,30 @@ class AdapterFolders:
             StorageError: when its files are gone.
         """
         with self._lock:
-            if prefix not in self._known:
-                target = self._folder / hashlib.sha256(prefix.encode()).hexdigest()[:24]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._blobs.get_folder(prefix, target)
-                self._known[prefix] = target
-                if (target / "tokenizer.json").exists():
-                    self._renderers[prefix] = Renderer.load(target)
-                while len(self._known) > self._max:
-                    old, path = self._known.popitem(last=False)
-                    self._renderers.pop(old, None)
-                    shutil.rmtree(path, ignore_errors=True)
-            self._known.move_to_end(prefix)
-            return self._known[prefix], self._renderers.get(prefix)
+            own_lock = self._fetching.setdefault(prefix, threading.Lock())
+        with own_lock:  # one download of an adapter at a time, and no other waits for it
+            with self._lock:
+                is_known = prefix in self._known
+            if not is_known:
+                self._download(prefix)
+            with self._lock:
+                self._fetching.pop(prefix, None)
+                self._known.move_to_end(prefix)
+                return self._known[prefix], self._renderers.get(prefix)
+
+    def _download(self, prefix: str) -> None:
+        target = self._folder / hashlib.sha256(prefix.encode()).hexdigest()[:24]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._blobs.get_folder(prefix, target)
+        own = Renderer.load(target) if (target / "tokenizer.json").exists() else None
+        with self._lock:
+            self._known[prefix] = target
+            if own is not None:
+                self._renderers[prefix] = own
+            while len(self._known) > self._max:
+                old, path = self._known.popitem(last=False)
+                self._renderers.pop(old, None)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class ServedSlots:
@@ -98,6 +110,11 @@ class ServedSlots:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    @property
+    def indices(self) -> set[int]:
+        """Indices in the bank of the slots that are held here."""
+        return {slot.index for slot in self._slots.values()}
 
     def _evict(self) -> None:
         for prefix in list(self._slots):

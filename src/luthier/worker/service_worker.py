@@ -196,20 +196,22 @@ class ServiceWorker:
     def _admit(self, run: RecordedRun) -> None:
         """Give a prepared job its slot, if memory allows."""
         self._preparing.discard(run.id)
-        claim = run.claimed.claim
+        claim, slots_before = run.claimed.claim, set(self.base.bank.slots)
         try:
             run.admit(self.base, self._options.step_tokens, self._breathe)
-        except LuthierError as error:
+            if not plan_memory(self.base, [*self._engine.jobs.values(), run.job], self._options.step_tokens).fits:
+                self._turn_away(run)
+                return
+            run.run.plan_judging()
+            total, rows, tokens = run.job.total_steps, run.num_rows, run.num_tokens
+            self._recorder.put(run.id, lambda: self._record.begin(claim, total, rows, tokens))
+            run.run.judge_base()
+        except Exception as error:  # whatever is wrong with one job, the others go on
+            for index in set(self.base.bank.slots) - slots_before - self._slots.indices:
+                self.base.bank.remove(self.base.bank.slots[index])
             self._refuse(run.claimed, error)
             return
-        if not plan_memory(self.base, [*self._engine.jobs.values(), run.job], self._options.step_tokens).fits:
-            self._turn_away(run)
-            return
         self._runs[run.id] = run
-        run.run.plan_judging()
-        total, rows, tokens = run.job.total_steps, run.num_rows, run.num_tokens
-        self._recorder.put(run.id, lambda: self._record.begin(claim, total, rows, tokens))
-        run.run.judge_base()
         self._engine.add(run.job, run.claimed.tenant, run.claimed.weight)
 
     def _turn_away(self, run: RecordedRun) -> None:
