@@ -72,7 +72,7 @@ def make_context(folder: Path, base_folder: Path, database_url: str = "", **sett
         **settings,
     )
     database = open_database(chosen.database_url)
-    return Context(chosen, database, Blobs(chosen.storage), ServedBases(chosen.bases))
+    return Context(chosen, database, Blobs(chosen.storage, dict(chosen.storage_options)), ServedBases(chosen.bases))
 
 
 @contextmanager

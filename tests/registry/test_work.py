@@ -56,7 +56,7 @@ def test_a_replayed_step_adds_nothing(record: Record) -> None:
         record.work.record_steps(claim, steps(1, 2))
     row = record.jobs.get(caller.tenant, job.id)
     assert row.trained_tokens == 200
-    assert record.jobs.cost(row) == pytest.approx(200 * 2.0 / 1e6)
+    assert record.jobs.costs([row])[row.id] == pytest.approx(200 * 2.0 / 1e6)
     events = record.jobs.events(caller.tenant, job.id, limit=100).items
     assert len([event for event in events if event.type == "metrics"]) == 2
 

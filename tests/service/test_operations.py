@@ -139,6 +139,31 @@ def test_a_worker_that_is_asked_to_end_saves_its_jobs(fresh: Service, tmp_path: 
     assert len(steps) == len(set(steps))
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_service_over_postgresql_and_s3(
+    database_url: str, s3_bucket: tuple[str, dict[str, Any]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Two workers one after another: what the second goes on from, it has from the bucket alone."""
+    storage, options = s3_bucket
+    context = make_context(tmp_path / "api", tiny_llama, database_url, storage=storage, storage_options=options)
+    with serving(context) as service:
+        service.tenant("acme")
+        client = client_of(service)
+        with working(context, tmp_path / "one"):
+            job = tune(client, {"train": {"epochs": 60.0}, "method": {"type": "lora", "rank": 2}})
+            while client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"] < 3:  # type: ignore[index]
+                time.sleep(0.05)
+        with working(context, tmp_path / "two"):
+            done = wait_for(job.id, client)
+            assert done.status == "succeeded", done.error
+            answer = client.chat.completions.create(
+                model=str(done.fine_tuned_model), messages=[{"role": "user", "content": "red"}], max_tokens=3
+            )
+            assert answer.choices
+        assert client.files.content(done.result_files[0]).read().startswith(b"step,")
+    assert not (tmp_path / "api" / "blobs").exists()
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_adapters_beyond_the_room_come_and_go(fresh: Service, tmp_path: Path) -> None:
     client = client_of(fresh)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,29 +12,12 @@ from luthier.errors import StorageError
 from luthier.store.blobs import Blobs
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture(params=["folder", "s3"])
-def blobs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Blobs:
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     if request.param == "folder":
         return Blobs(str(tmp_path / "blobs"))
-    endpoint = request.getfixturevalue("s3_endpoint")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    options: dict[str, Any] = {"endpoint_url": endpoint}
-    import boto3
-
-    bucket = "b" + hashlib.sha256(str(tmp_path).encode()).hexdigest()[:12]
-    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=bucket)
-    return Blobs(f"s3://{bucket}/data", options)
+    url, options = request.getfixturevalue("s3_bucket")
+    return Blobs(url, options)
 
 
 def test_a_blob_comes_back_as_it_was(blobs: Blobs) -> None:

@@ -8,7 +8,7 @@ The status changes at once. A worker that holds the job reads it with its next v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from luthier.registry.events import add_event, announce_end
 from luthier.registry.files import Page
 from luthier.registry.problems import InvalidRequestError, missing
 from luthier.registry.tenants import LIVE_STATUSES, Caller
-from luthier.registry.usage import job_cost
+from luthier.registry.usage import job_costs
 from luthier.store.database import Database, new_id, now_seconds
 from luthier.store.tables import Checkpoint, Demand, Event, File, Job, Model, Permission, Tenant
 
@@ -112,10 +112,10 @@ class Jobs:
         with self._database.reading() as session:
             return _job(session, tenant, job)
 
-    def cost(self, job: Job) -> float:
-        """What it has cost so far."""
+    def costs(self, jobs: Sequence[Job]) -> dict[str, float]:
+        """What each has cost so far, by its id."""
         with self._database.reading() as session:
-            return job_cost(session, job.id)
+            return job_costs(session, [job.id for job in jobs])
 
     def page(
         self, tenant: str, after: str | None = None, limit: int = 20, metadata: Mapping[str, str] | None = None

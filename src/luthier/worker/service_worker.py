@@ -199,7 +199,7 @@ class ServiceWorker:
         claim, slots_before = run.claimed.claim, set(self.base.bank.slots)
         try:
             run.admit(self.base, self._options.step_tokens, self._breathe)
-            if not plan_memory(self.base, [*self._engine.jobs.values(), run.job], self._options.step_tokens).fits:
+            if not self._fits(run):
                 self._turn_away(run)
                 return
             run.run.plan_judging()
@@ -213,6 +213,20 @@ class ServiceWorker:
             return
         self._runs[run.id] = run
         self._engine.add(run.job, run.claimed.tenant, run.claimed.weight)
+
+    def _fits(self, run: RecordedRun) -> bool:
+        """Whether there is memory for one more job. What others have taken is measured as taken; those that have not
+        stepped yet have still to take their gradients and moments."""
+        plan = plan_memory(self.base, [run.job], self._options.step_tokens)
+        own = sum(parameter.numel() for parameter in run.job.slot.parameters().values())
+        share = (plan.gradients + plan.optimizer) / max(1, own)
+        waiting = sum(
+            parameter.numel()
+            for job in self._engine.jobs.values()
+            if job.step == 0
+            for parameter in job.slot.parameters().values()
+        )
+        return plan.needed + int(share * waiting) <= plan.available
 
     def _turn_away(self, run: RecordedRun) -> None:
         """There is no memory for this job now: others finish first, or it never fits."""

@@ -77,7 +77,8 @@ def list_jobs(
     wants_none = request.query_params.get("metadata") == "null"
     metadata = pairs or ({} if wants_none else None)
     page = context.jobs.page(caller.tenant, after, limit, metadata)
-    return page_object(page, lambda job: _answer(context, job))
+    costs = context.jobs.costs(page.items)
+    return page_object(page, lambda job: job_object(job, costs[job.id]))
 
 
 @router.get("/jobs/{job_id}")
@@ -165,4 +166,4 @@ def _base_of(context: Context, caller: Caller, model: str) -> tuple[str, Model |
 
 
 def _answer(context: Context, job: Job) -> dict[str, Any]:
-    return job_object(job, context.jobs.cost(job))
+    return job_object(job, context.jobs.costs([job])[job.id])
