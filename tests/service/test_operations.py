@@ -150,7 +150,7 @@ def test_a_service_over_postgresql_and_s3(
         service.tenant("acme")
         client = client_of(service)
         with working(context, tmp_path / "one"):
-            job = tune(client, {"train": {"epochs": 60.0}, "method": {"type": "lora", "rank": 2}})
+            job = tune(client, {"train": {"epochs": 10.0}, "method": {"type": "lora", "rank": 2}})
             while client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"] < 3:  # type: ignore[index]
                 time.sleep(0.05)
         with working(context, tmp_path / "two"):

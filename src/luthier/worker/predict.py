@@ -43,7 +43,8 @@ def predict(base: Base, slot: Slot, renderer: Renderer, folder: Path, texts: lis
     rows = []
     for row_K in probabilities_CK.tolist():
         scores = dict(zip(labels, row_K, strict=True))
-        rows.append({"label": max(labels, key=lambda label: scores[label]), "probabilities": scores})
+        best: str = labels[row_K.index(max(row_K))]
+        rows.append({"label": best, "probabilities": scores})
     return {"predictions": rows, "num_tokens": sum(item.example.num_tokens for item in items)}
 
 
