@@ -39,9 +39,9 @@ class Where:
     key: str | None = None
 
 
-def server_of(context: typer.Context) -> Server | None:
-    """The server that --server names, or None."""
-    where = context.find_object(Where) or Where()
+def server_of(context: typer.Context | None) -> Server | None:
+    """The server that --server names; None without it, and for callers from Python, who have no context."""
+    where = (context.find_object(Where) if context is not None else None) or Where()
     if where.url is None:
         return None
     key = where.key or os.environ.get("LUTHIER_API_KEY")

@@ -20,11 +20,11 @@ WIDTH_WITH_REMARKS = 140
 
 
 def models_command(
-    context: typer.Context,
     fetch: Annotated[
         str | None, typer.Option("--fetch", metavar="NAME", help="Fetch this base now: a catalogue name or a Hub id.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON on standard output.")] = False,
+    context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
     """List the bases known by name, or with --server a server's models, tuned ones included."""
     server = server_of(context)
