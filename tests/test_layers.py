@@ -52,6 +52,18 @@ def _engine() -> list[str]:
     return names + [name for name in _modules("methods") if not name.endswith("config")]
 
 
+def _record() -> list[str]:
+    names = [name for part in ("client", "registry", "service", "store") for name in _modules(part)]
+    # Composing, but loaded by the API's process.
+    return [
+        *(name for name in names if ".migrations." not in name),
+        "luthier.cli.serve",
+        "luthier.cli.tenants",
+        "luthier.worker.served_bases",
+        "luthier.worker.supervisor",
+    ]
+
+
 def _run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
@@ -65,6 +77,10 @@ def _heavy_after(statement: str) -> str:
 
 def test_core_does_not_load_torch() -> None:
     assert _heavy_after("\n".join(f"import {name}" for name in _core())) == ""
+
+
+def test_the_record_does_not_load_torch() -> None:
+    assert _heavy_after("\n".join(f"import {name}" for name in _record())) == ""
 
 
 def test_the_command_line_and_the_top_level_do_not_load_torch() -> None:

@@ -153,3 +153,28 @@ def test_a_class_without_a_head_is_refused(llama: Base, make_examples: MakeExamp
     batch = pack([PackItem(example, slot.index) for example in make_examples(2, 0, classes=3)])
     with pytest.raises(ValueError, match="no sequence head"):
         train_step(llama, batch, {slot.index: 2.0})
+
+
+def test_groups_are_served_alike_and_join_level(llama: Base, make_examples: MakeExamples) -> None:
+    """A tenant's six jobs get no more than another's one, and a tenant that comes later neither jumps nor waits."""
+    engine = Engine(llama, budget_tokens=120, lead_tokens=120.0)
+    for n in range(6):
+        engine.add(endless(llama, f"many-{n}", make_examples(20, n)), group="many")
+    engine.add(endless(llama, "one", make_examples(20, 9)), group="one")
+
+    def run(num_forwards: int) -> dict[str, int]:
+        served = dict.fromkeys(("many", "one", "late"), 0)
+        for _ in range(num_forwards):
+            for report in engine.step():
+                served[report.job.partition("-")[0]] += report.num_tokens
+        return served
+
+    first = run(120)
+    assert first["many"] == pytest.approx(first["one"], abs=250)
+    engine.add(endless(llama, "late", make_examples(20, 11)), group="late", group_share=2.0)
+    second = run(120)
+    assert second["many"] == pytest.approx(second["one"], abs=300)
+    assert second["late"] == pytest.approx(2 * second["one"], rel=0.25)
+    for name in list(engine.jobs):
+        engine.remove(name)
+    assert not engine.has_work

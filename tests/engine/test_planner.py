@@ -87,3 +87,50 @@ def test_none_is_starved_by_any_company() -> None:
 
 def test_a_lone_job_runs_whatever_the_budget() -> None:
     assert plan([Offer("a", 5000, 10**9)], 1) == ["a"]
+
+
+def serve_groups(
+    jobs: dict[str, tuple[str, int]], rounds: int, lead_tokens: float, weights: dict[str, float]
+) -> Counter[str]:
+    """Tokens that each group is served; `jobs` maps a job to its group and its micro-batch's tokens."""
+    served: Counter[str] = Counter()
+    of_group: Counter[str] = Counter(dict.fromkeys(weights, 0))
+    for _ in range(rounds):
+        offers = [
+            Offer(
+                job,
+                size,
+                served[job],
+                group=group,
+                num_group_tokens_served=of_group[group],
+                group_share=weights[group],
+            )
+            for job, (group, size) in jobs.items()
+        ]
+        for job in plan(offers, 256, lead_tokens):
+            group, size = jobs[job]
+            served[job] += size
+            of_group[group] += size
+    return of_group
+
+
+def test_a_group_of_many_jobs_gets_no_more_than_a_group_of_one() -> None:
+    jobs = {f"a{n}": ("a", 40) for n in range(20)} | {"b": ("b", 70), "c": ("c", 15)}
+    served = serve_groups(jobs, 600, 256.0, {"a": 1.0, "b": 1.0, "c": 1.0})
+    jain = sum(served.values()) ** 2 / (len(served) * sum(value**2 for value in served.values()))
+    assert jain > 0.99
+    weighted = serve_groups(jobs, 600, 256.0, {"a": 1.0, "b": 2.0, "c": 1.0})
+    assert weighted["b"] / weighted["a"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_within_a_group_jobs_take_turns() -> None:
+    jobs = {f"a{n}": ("a", 40) for n in range(5)}
+    served: Counter[str] = Counter()
+    for _ in range(100):
+        offers = [
+            Offer(job, size, served[job], group=group, num_group_tokens_served=sum(served.values()))
+            for job, (group, size) in jobs.items()
+        ]
+        for job in plan(offers, 80, 256.0):
+            served[job] += 40
+    assert max(served.values()) - min(served.values()) <= 40

@@ -14,7 +14,10 @@ from luthier.cli.doctor import doctor_command
 from luthier.cli.eval import eval_command
 from luthier.cli.export import export_command
 from luthier.cli.init import init_command
+from luthier.cli.jobs import Where, files_app, jobs_app
 from luthier.cli.models import models_command
+from luthier.cli.serve import serve_command, worker_command
+from luthier.cli.tenants import backup_command, keys_app, restore_command, tenants_app, usage_command
 from luthier.cli.train import train_command
 from luthier.errors import LuthierError
 
@@ -37,11 +40,19 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
+    server: str | None = typer.Option(
+        None, "--server", metavar="URL", envvar="LUTHIER_SERVER", help="A server that `jobs`, `files` and `models` ask."
+    ),
+    key: str | None = typer.Option(
+        None, "--key", help="The server's API key. Default: $LUTHIER_API_KEY.", show_default=False
+    ),
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     """Fine-tune open language models, many jobs on one frozen base."""
+    context.obj = Where(server, key)
 
 
 app.command("init")(init_command)
@@ -52,6 +63,15 @@ app.command("chat")(chat_command)
 app.command("export")(export_command)
 app.command("models")(models_command)
 app.command("doctor")(doctor_command)
+app.command("serve")(serve_command)
+app.command("worker")(worker_command)
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(files_app, name="files")
+app.add_typer(tenants_app, name="tenants")
+app.add_typer(keys_app, name="keys")
+app.command("usage")(usage_command)
+app.command("backup")(backup_command)
+app.command("restore")(restore_command)
 
 
 def main() -> None:

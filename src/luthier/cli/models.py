@@ -14,6 +14,7 @@ from luthier.base.catalogue import CATALOGUE, DEFAULT_BASE, CatalogueEntry
 from luthier.base.fetch import cached_folder, resolve
 from luthier.base.identity import base_revision
 from luthier.cli.console import err, out, print_json
+from luthier.cli.jobs import server_of
 
 WIDTH_WITH_REMARKS = 140
 
@@ -23,14 +24,26 @@ def models_command(
         str | None, typer.Option("--fetch", metavar="NAME", help="Fetch this base now: a catalogue name or a Hub id.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON on standard output.")] = False,
+    context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
-    """List the bases known by name, their licences and sizes, and which of them are on this machine."""
-    if fetch is not None:
+    """List the bases known by name, or with --server a server's models, tuned ones included."""
+    server = server_of(context)
+    if server is not None:
+        _print_served(server.get("/models")["data"], json)
+    elif fetch is not None:
         _fetch(fetch, json)
     elif json:
         print_json([describe_entry(entry) for entry in CATALOGUE])
     else:
         _print_table()
+
+
+def _print_served(models: list[dict[str, Any]], json: bool) -> None:
+    if json:
+        print_json(models)
+        return
+    for model in models:
+        print(f"{model['id']}  {model['owned_by']}")
 
 
 def describe_entry(entry: CatalogueEntry) -> dict[str, Any]:

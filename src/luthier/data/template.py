@@ -120,6 +120,10 @@ class Renderer:
             before, start = match.group(), match.end()
         return ids + self._encode_piece(before, text[start:])
 
+    def tokenizer_json(self) -> str:
+        """The tokenizer in the form of tokenizer.json, added tokens included."""
+        return str(self._tokenizer.to_str())
+
     def decode(self, ids: Sequence[int] | NDArray[np.int32], skip_special: bool = True) -> str:
         """The text of token ids, without special tokens unless `skip_special` is False."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)

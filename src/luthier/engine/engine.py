@@ -12,7 +12,9 @@ caller's.
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -26,27 +28,51 @@ from luthier.engine.step import train_step
 DEFAULT_BUDGET_TOKENS = 4096
 
 
+@dataclass(slots=True)
+class _Group:
+    share: float
+    num_tokens_served: int
+
+    @property
+    def level(self) -> float:
+        return self.num_tokens_served / self.share
+
+
 class Engine:
     """Trains jobs on `base`.
 
     Args:
         base: The resident base.
         budget_tokens: Most tokens in one joint forward.
+        lead_tokens: As `luthier.engine.planner.plan` takes it.
     """
 
-    def __init__(self, base: Base, budget_tokens: int = DEFAULT_BUDGET_TOKENS) -> None:
+    def __init__(self, base: Base, budget_tokens: int = DEFAULT_BUDGET_TOKENS, lead_tokens: float = math.inf) -> None:
         self.base = base
         self.budget_tokens = budget_tokens
+        self.lead_tokens = lead_tokens
         self.jobs: dict[str, TrainingJob] = {}
         self._served: dict[str, int] = {}
         self._graphs = build_step_graphs(base)
+        self._group_of: dict[str, str] = {}
+        self._groups: dict[str, _Group] = {}
 
-    def add(self, job: TrainingJob) -> None:
-        """Take a job in. It starts level with the least served of the others, so that it neither jumps nor waits."""
+    def add(self, job: TrainingJob, group: str = "", group_share: float = 1.0) -> None:
+        """Take a job in. It starts level with the least served of the others, so that it neither jumps nor waits.
+
+        Args:
+            group: Whose it is. Groups are served by their shares, and within a group its jobs alike.
+            group_share: The group's weight against the others'.
+        """
         if job.name in self.jobs:
             raise ValueError(f"a job named {job.name} is here already")
-        others = [self._served[name] for name, other in self.jobs.items() if other.is_active]
+        active = {name for name, other in self.jobs.items() if other.is_active}
+        others = [self._served[name] for name in active if self._group_of[name] == group]
+        if group and not others:
+            levels = [self._groups[self._group_of[name]].level for name in active if self._group_of[name]]
+            self._groups[group] = _Group(group_share, round(min(levels, default=0.0) * group_share))
         self._served[job.name] = min(others, default=0)
+        self._group_of[job.name] = group
         self.jobs[job.name] = job
 
     def remove(self, name: str) -> TrainingJob:
@@ -54,6 +80,9 @@ class Engine:
         job = self.jobs.pop(name)
         job.restart_step()
         del self._served[name]
+        group = self._group_of.pop(name)
+        if group not in self._group_of.values():
+            self._groups.pop(group, None)
         return job
 
     @property
@@ -67,7 +96,7 @@ class Engine:
             torch.OutOfMemoryError, RuntimeError, MemoryError: when even one sequence of one job does not fit in memory.
         """
         active = {name: job for name, job in self.jobs.items() if job.is_active}
-        chosen = plan([self._offer(job) for job in active.values()], self.budget_tokens)
+        chosen = plan([self._offer(job) for job in active.values()], self.budget_tokens, self.lead_tokens)
         jobs = [active[name] for name in chosen]
         micro = [job.next_micro_batch() for job in jobs]
         batch = pack([item for items in micro for item in items], self.base.device)
@@ -86,6 +115,8 @@ class Engine:
         for job in jobs:
             report = reports[job.slot.index]
             self._served[job.name] += report.num_tokens
+            if group := self._group_of[job.name]:
+                self._groups[group].num_tokens_served += report.num_tokens
             done = job.accumulate(report, seconds * report.num_tokens / batch.num_tokens, norms.get(job.name))
             if done is not None:
                 finished.append(done)
@@ -101,7 +132,19 @@ class Engine:
 
     def _offer(self, job: TrainingJob) -> Offer:
         items = job.next_micro_batch()
-        return Offer(job.name, sum(item.example.num_tokens for item in items), self._served[job.name])
+        num_tokens, served = sum(item.example.num_tokens for item in items), self._served[job.name]
+        name = self._group_of[job.name]
+        if not name:
+            return Offer(job.name, num_tokens, served)
+        group = self._groups[name]
+        return Offer(
+            job.name,
+            num_tokens,
+            served,
+            group=name,
+            num_group_tokens_served=group.num_tokens_served,
+            group_share=group.share,
+        )
 
     def _make_room(self, jobs: list[TrainingJob], error: RuntimeError | MemoryError) -> None:
         """Memory ran short: first run fewer jobs together, then halve the micro-batch of the one that is left."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from luthier.base.load import Base
 from luthier.engine.pack import BASE_SLOT
+from luthier.engine.reply_text import Decode
 from luthier.errors import LuthierError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -72,6 +74,16 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
+class Constraint(Protocol):
+    """What a reply must obey, such as a grammar: says which tokens may come next."""
+
+    def allowed_V(self) -> Tensor:
+        """bool [V] on the CPU, V up to the vocabulary: whether each token may come next. At least one may."""
+
+    def take(self, token: int) -> None:
+        """The reply goes on with `token`, which was allowed."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """A prompt to be continued.
@@ -81,12 +93,16 @@ class Request:
         tokens: int32 [length]. The rendered prompt.
         slot: Index of the slot in the bank, or `BASE_SLOT`.
         params: How to draw the reply.
+        constraint: What the reply must obey, or None. It has a state, so each request has its own.
+        decode: Token ids -> text, where the slot's tokenizer knows tokens that the sampler's does not.
     """
 
     name: str
     tokens: NDArray[np.int32]
     slot: int = BASE_SLOT
     params: SamplingParams = field(default_factory=SamplingParams)
+    constraint: Constraint | None = None
+    decode: Decode | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,12 +132,16 @@ class Sampler:
         return self._rows.cache.num_bytes
 
     def run(
-        self, requests: Sequence[Request], on_progress: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        on_progress: Callable[[int, int], None] | None = None,
+        between: Callable[[], None] | None = None,
     ) -> list[Completion]:
         """Answer all requests; returns the replies in the order given.
 
         Args:
             on_progress: Called with the numbers of finished and of all requests, as replies finish.
+            between: Called after each step, for callers who have other work to see to.
 
         Raises:
             SamplingError: for a request that does not hold; none has been answered then.
@@ -154,6 +158,8 @@ class Sampler:
                 done |= {completion.name: completion for completion in finished}
                 if finished and on_progress is not None:
                     on_progress(len(done), len(requests))
+                if between is not None:
+                    between()
         finally:
             if self.has_work:
                 self._drop_all()
@@ -177,6 +183,7 @@ class Sampler:
             logits_PV = self._forward(feeds)
             ready = [feed.reply for feed in feeds if feed.wants_token]
             if logits_PV is not None:
+                logits_PV = _constrained(logits_PV, ready)
                 choices = choose(logits_PV, [r.request.params for r in ready], [r.num_tokens for r in ready])
                 events += [self._take(reply, choice) for reply, choice in zip(ready, choices, strict=True)]
         if not self.has_work and not self.remembers:
@@ -273,6 +280,8 @@ class Sampler:
             return self._finish(reply, None, "", None, "cancelled", problem)
         if choice.token in params.stop_ids:
             return self._finish(reply, choice.token, "", choice.logprob, "stop")
+        if reply.request.constraint is not None:
+            reply.request.constraint.take(choice.token)
         reply.generated.append(choice.token)
         if choice.logprob is not None:
             reply.logprobs.append(choice.logprob)
@@ -303,7 +312,7 @@ class Sampler:
         return TokenEvent(request.name, token, delta, logprob, reason, completion)
 
     def _text(self, request: Request) -> ReplyText:
-        return ReplyText(self.decode, request.params.stop_strings)
+        return ReplyText(request.decode or self.decode, request.params.stop_strings)
 
     def _has_slot(self, slot: int) -> bool:
         return slot == BASE_SLOT or slot in self.base.bank.slots
@@ -323,6 +332,20 @@ class Sampler:
         self._active.clear()
         self._cancelled.clear()
         self._rows.clear()
+
+
+def _constrained(logits_PV: Tensor, replies: Sequence[Reply]) -> Tensor:
+    """The logits with what constraints forbid at minus infinity."""
+    bound = [(row, reply.request.constraint) for row, reply in enumerate(replies) if reply.request.constraint]
+    if not bound:
+        return logits_PV
+    logits_PV = logits_PV.clone()
+    for row, constraint in bound:
+        assert constraint is not None
+        allowed_V = constraint.allowed_V().to(logits_PV.device)
+        logits_PV[row, : len(allowed_V)].masked_fill_(~allowed_V, float("-inf"))
+        logits_PV[row, len(allowed_V) :] = float("-inf")
+    return logits_PV
 
 
 def _segments(slots: Sequence[int]) -> tuple[Segment, ...]:

@@ -120,6 +120,22 @@ def score(base: Base, batch: PackedBatch) -> list[SequenceReport]:
     ]
 
 
+@torch.inference_mode()
+def class_probabilities(base: Base, batch: PackedBatch) -> Tensor:
+    """float [C, K]: probabilities of the classes for the batch's sequences, all of one slot with a sequence head.
+
+    Raises:
+        ValueError: for a slot without a head, or sequences of several slots.
+    """
+    slots = {segment.slot for segment in batch.class_segments}
+    slot = base.bank.slots.get(next(iter(slots))) if len(slots) == 1 else None
+    if slot is None or slot.head is None:
+        raise ValueError("class probabilities are of one slot with a sequence head")
+    with base.bank.routed(base.routing(batch, training=False)):
+        hidden_TD = base.forward(batch, keep=None).hidden_TD
+    return class_logits(hidden_TD[batch.class_at_C], slot.head.weight).softmax(dim=-1)
+
+
 def _scores(base: Base, batch: PackedBatch) -> tuple[TokenScores | None, tuple[TokenScores, Tensor] | None]:
     has_tokens = batch.target_at_P.numel() > 0
     result = base.forward(batch, keep=batch.target_at_P if has_tokens else None)

@@ -43,6 +43,8 @@ class Judge:
         max_new_tokens: The recipe's limit for replies.
         seed: Chooses the rows.
         on_rows: Told (what, done, total) now and then.
+        score_tokens: Most tokens in one forward while scoring.
+        between: Called between forwards, for callers who have other work to see to.
     """
 
     def __init__(
@@ -55,7 +57,11 @@ class Judge:
         max_new_tokens: int,
         seed: int,
         on_rows: OnRows | None = None,
+        score_tokens: int = SCORE_TOKENS,
+        between: Callable[[], None] | None = None,
     ) -> None:
+        self.score_tokens = score_tokens
+        self.between = between
         self.base = base
         self.renderer = renderer
         self.data = data
@@ -83,9 +89,13 @@ class Judge:
         assert self.data.validation_records is not None
         rows = {int(self.data.validation_records.rows[i]) for i in self.at}
         examples = examples_of_rows(self.data.validation, rows)
-        reports = score_examples(
-            self.base, examples, slot, lambda done: self.on_rows(f"{what}, loss", done, len(examples))
-        )
+
+        def on_done(done: int) -> None:
+            self.on_rows(f"{what}, loss", done, len(examples))
+            if self.between is not None:
+                self.between()
+
+        reports = score_examples(self.base, examples, slot, on_done, self.score_tokens)
         labels = self.data.task.labels
         return [_row_score(example, report, labels) for example, report in zip(examples, reports, strict=True)]
 
@@ -110,7 +120,7 @@ class Judge:
         params = SamplingParams(max_new_tokens=self.reply_limit, stop_ids=tuple(self.renderer.stop_ids))
         requests = [Request(str(n), prompt.tokens, slot, params) for n, prompt in enumerate(prompts)]
         sampler = Sampler(self.base, self.renderer.decode)
-        done = sampler.run(requests, on_progress=lambda n, total: self.on_rows(f"{what}, replies", n, total))
+        done = sampler.run(requests, lambda n, total: self.on_rows(f"{what}, replies", n, total), between=self.between)
         return {
             prompt.row: RowScore(
                 prompt.row,
@@ -150,7 +160,11 @@ def examples_of_rows(store: ExampleStore, rows: set[int]) -> list[Example]:
 
 
 def score_examples(
-    base: Base, examples: Sequence[Example], slot: int, on_done: Callable[[int], None] = lambda done: None
+    base: Base,
+    examples: Sequence[Example],
+    slot: int,
+    on_done: Callable[[int], None] = lambda done: None,
+    max_tokens: int = SCORE_TOKENS,
 ) -> list[SequenceReport]:
     """Forward-only scores of each example, in order; similar lengths run together where the base pads."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
@@ -158,7 +172,7 @@ def score_examples(
     start = 0
     while start < len(order):
         end, tokens = start, 0
-        while end < len(order) and (end == start or tokens + examples[order[end]].num_tokens <= SCORE_TOKENS):
+        while end < len(order) and (end == start or tokens + examples[order[end]].num_tokens <= max_tokens):
             tokens += examples[order[end]].num_tokens
             end += 1
         batch = pack([PackItem(examples[i], slot) for i in order[start:end]], base.device)

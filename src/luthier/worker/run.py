@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from luthier.methods.registry import METHODS
 from luthier.recipe import Recipe
 from luthier.types import AdapterSpec, ExclusiveSpec
 from luthier.worker.budget import JudgingBudget, choose_budget
-from luthier.worker.judge import Judge, examples_of_rows, mean_loss, predictions, score_examples
+from luthier.worker.judge import SCORE_TOKENS, Judge, examples_of_rows, mean_loss, predictions, score_examples
 from luthier.worker.loading import adapter_spec, prepare_data, public_name
 from luthier.worker.progress import Progress
 from luthier.worker.run_folder import RunFolder
@@ -120,6 +121,13 @@ class Run:
     stopped_because: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     scores: dict[str, list[RowScore]] = field(default_factory=dict)
+    score_tokens: int = SCORE_TOKENS
+    """Most tokens in one forward while scoring."""
+    between: Callable[[], None] | None = None
+    """Called between the forwards of an evaluation, for callers who have other work to see to."""
+    writes_report: bool = True
+    """Whether `finish` also writes the report and the card that people read."""
+    last_validation: dict[str, float] = field(default_factory=dict)
     _saved_step: int = -1
 
     @classmethod
@@ -340,6 +348,8 @@ class Run:
             max_new_tokens=settings.max_new_tokens,
             seed=spec.seed,
             on_rows=lambda what, done, total: self.progress.evaluation(self.name, what, done, total),
+            score_tokens=self.score_tokens,
+            between=self.between,
         )
         self.evaluate_every = settings.every or max(1, self.job.steps_per_epoch // 2)
         num_evaluations = max(1, self.job.total_steps // self.evaluate_every)
@@ -398,7 +408,10 @@ class Run:
 
     def _validate(self, step: int) -> None:
         started = time.perf_counter()
-        values = mean_loss(score_examples(self.base, self.validation, self.job.slot.index))
+        between = self.between
+        on_done = (lambda done: None) if between is None else (lambda done: between())
+        values = mean_loss(score_examples(self.base, self.validation, self.job.slot.index, on_done, self.score_tokens))
+        self.last_validation = {"step": step, **values}
         self.folder.append_metric(kind="evaluation", step=step, **values)
         self.best.take(step, values["loss"])
         patience = self.recipe.train.early_stopping
@@ -453,8 +466,9 @@ class Run:
         self.folder.write_json("result.json", result)
         status = "failed" if self.job.state == "failed" else "done"
         self.folder.set_state(status, step=self.job.step, problem=self.job.problem)
-        write_report(self.folder.path)
-        write_card(self.folder.path)
+        if self.writes_report:
+            write_report(self.folder.path)
+            write_card(self.folder.path)
         self.progress.finish(
             self.name, self.job.problem or f"{self.job.step} steps, {result['num_trained_tokens']:,} tokens"
         )

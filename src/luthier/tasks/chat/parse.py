@@ -54,6 +54,15 @@ def parse_conversation(row: Mapping[str, Any], system: str | None = None) -> Con
     return Conversation(tuple(messages), _parse_tools(row.get("tools")))
 
 
+def parse_messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
+    """Check the turns of a conversation that is to be gone on with; it need not end with a reply.
+
+    Raises:
+        RowError: for a wrong type or role, or an empty turn.
+    """
+    return [_parse_message(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
+
+
 def _parse_message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise RowError(where, f"is {preview(turn)}", "an object {role, content}")

@@ -1,0 +1,151 @@
+"""`luthier tenants`, `keys`, `usage`, `backup` and `restore`: the operator's verbs, where the store is."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli.console import print_json
+from luthier.cli.serve import Data, open_context
+
+tenants_app = typer.Typer(help="Tenants of the service on this machine.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys of the service on this machine.", no_args_is_help=True)
+Quota = Annotated[int | None, typer.Option(help="A limit; leave out for none.")]
+
+
+@tenants_app.command("create")
+def create_tenant(
+    name: str,
+    weight: Annotated[float, typer.Option(help="Share of the workers against the others'.")] = 1.0,
+    storage_bytes: Quota = None,
+    running_jobs: Quota = None,
+    trained_tokens_per_day: Quota = None,
+    requests_per_minute: Quota = None,
+    data: Data = None,
+) -> None:
+    """A new tenant."""
+    row = open_context(data, None).tenants.create(
+        name,
+        weight,
+        max_storage_bytes=storage_bytes,
+        max_running_jobs=running_jobs,
+        max_trained_tokens_per_day=trained_tokens_per_day,
+        max_requests_per_minute=requests_per_minute,
+    )
+    print(row.id)
+
+
+@tenants_app.command("list")
+def list_tenants(data: Data = None) -> None:
+    """All tenants."""
+    for row in open_context(data, None).tenants.all():
+        print(f"{row.id}  {row.name}  weight {row.weight:g}")
+
+
+@tenants_app.command("erase")
+def erase(
+    tenant: str,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    data: Data = None,
+) -> None:
+    """Erase a tenant with all of its files, jobs, models and usage, for good."""
+    from luthier.registry.erasure import erase_tenant
+
+    if not yes:
+        typer.confirm(f"Erase {tenant} and all of its data for good?", abort=True)
+    context = open_context(data, None)
+    erase_tenant(context.database, context.blobs, tenant)
+    print(f"{tenant} is erased.")
+
+
+@keys_app.command("create")
+def create_key(
+    tenant: str,
+    scope: Annotated[list[str] | None, typer.Option(help="admin, tune or infer; default: tune and infer.")] = None,
+    name: Annotated[str, typer.Option(help="What lists show.")] = "",
+    days: Annotated[int | None, typer.Option(help="Ends after so many days.")] = None,
+    data: Data = None,
+) -> None:
+    """A new key, printed once."""
+    seconds = None if days is None else days * 86_400
+    row, text = open_context(data, None).tenants.create_key(tenant, scope or ["tune", "infer"], name, seconds)
+    print(f"{row.id}  {text}")
+
+
+@keys_app.command("list")
+def list_keys(tenant: str, data: Data = None) -> None:
+    """A tenant's keys, without the keys themselves."""
+    for row in open_context(data, None).tenants.keys(tenant):
+        state = "revoked" if row.revoked_at else f"until {_day(row.expires_at)}" if row.expires_at else "live"
+        print(f"{row.id}  {row.prefix}  {','.join(row.scopes)}  {state}  {row.name}")
+
+
+@keys_app.command("rotate")
+def rotate_key(
+    key: str,
+    overlap_seconds: Annotated[int, typer.Option(help="How long the old key goes on.")] = 0,
+    data: Data = None,
+) -> None:
+    """A new key in place of an old one."""
+    row, text = open_context(data, None).tenants.rotate(key, overlap_seconds)
+    print(f"{row.id}  {text}")
+
+
+@keys_app.command("revoke")
+def revoke_key(key: str, data: Data = None) -> None:
+    """End a key at once."""
+    open_context(data, None).tenants.revoke(key)
+    print(f"{key} is revoked.")
+
+
+def usage_command(
+    tenant: Annotated[str | None, typer.Argument(help="A tenant's name or id; default: all.")] = None,
+    days: Annotated[int, typer.Option(help="How far back.")] = 31,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    data: Data = None,
+) -> None:
+    """Trained and generated tokens and their cost, by day and model."""
+    from luthier.store.database import now_seconds
+
+    context = open_context(data, None)
+    owner = None if tenant is None else context.tenants.get(tenant).id
+    rows = context.usage.by_day(owner, now_seconds() // 86_400 - days + 1)
+    if json:
+        print_json(rows)
+        return
+    for row in rows:
+        counts = "  ".join(f"{kind} {row[f'{kind}_tokens']:,}" for kind in ("trained", "prompt", "generated"))
+        print(f"{_day(row['day'])}  {row['tenant']}  {row['model']}  {counts}  cost {row['cost']:g}")
+
+
+def backup_command(
+    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    data: Data = None,
+) -> None:
+    """Copy database and blobs into a new folder, while the service runs. For SQLite; PostgreSQL has pg_dump."""
+    from luthier.registry.backup import back_up
+
+    context = open_context(data, None)
+    num_files = back_up(context.database, context.blobs, target)
+    print(f"{target} holds the database and {num_files} blobs.")
+
+
+def restore_command(
+    source: Annotated[Path, typer.Argument(help="What `luthier backup` wrote.")],
+    data: Data = None,
+) -> None:
+    """Put a backup where no service has been yet."""
+    from luthier.registry.backup import restore
+    from luthier.service.settings import read_service_settings
+    from luthier.store.blobs import Blobs
+
+    settings = read_service_settings(data)
+    restore(source, settings.database_url, Blobs(settings.storage, dict(settings.storage_options)))
+    print(f"{settings.data_folder} holds what {source} held.")
+
+
+def _day(seconds: int) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()

@@ -1,0 +1,105 @@
+"""Models: tuned ones with their lineage, checkpoints under names of their own, and who may use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from luthier.registry.problems import InvalidRequestError, MissingError
+from luthier.registry.tenants import LIVE_STATUSES
+from luthier.store.blobs import Blobs
+from luthier.store.database import Database
+from luthier.store.tables import Checkpoint, Job, Model, Permission
+
+
+@dataclass(frozen=True, slots=True)
+class Servable:
+    """What a name stands for when somebody wants a reply of it.
+
+    Attributes:
+        name: As it was asked for.
+        base: The base to run on.
+        adapter: Key prefix of the adapter's files; None for the base itself.
+        task: What it was tuned for; "chat" for a base.
+    """
+
+    name: str
+    base: str
+    adapter: str | None
+    task: str
+
+
+class Models:
+    """The verbs on tuned models. All are about what one tenant may see."""
+
+    def __init__(self, database: Database, blobs: Blobs) -> None:
+        self._database = database
+        self._blobs = blobs
+
+    def owned(self, tenant: str) -> list[Model]:
+        """The tenant's own, newest first."""
+        with self._database.reading() as session:
+            return list(session.scalars(select(Model).where(Model.tenant == tenant).order_by(Model.seq.desc())))
+
+    def get(self, tenant: str, name: str) -> Model:
+        with self._database.reading() as session:
+            row = session.scalar(select(Model).where(Model.id == name, Model.tenant == tenant))
+        if row is None:
+            raise no_such_model(name)
+        return row
+
+    def find(self, tenant: str, name: str) -> Servable:
+        """A tuned model or a checkpoint that the tenant owns or was given.
+
+        Raises:
+            MissingError: where there is none.
+        """
+        with self._database.reading() as session:
+            model = session.scalar(select(Model).where(Model.id == name))
+            if model is not None and self._may_use(session, tenant, model.tenant, name):
+                return Servable(name, model.base, model.blob, model.task)
+            found = session.execute(
+                select(Checkpoint, Job).join(Job, Job.id == Checkpoint.job).where(Checkpoint.model == name)
+            ).first()
+            if found is not None:
+                checkpoint, job = found
+                if checkpoint.blob is not None and self._may_use(session, tenant, checkpoint.tenant, name):
+                    return Servable(name, job.base, checkpoint.blob, job.spec["task"]["type"])
+        raise no_such_model(name)
+
+    def delete(self, tenant: str, name: str) -> None:
+        """Delete a tuned model and its files.
+
+        Raises:
+            InvalidRequestError: while a job that has not ended goes on from it.
+        """
+        with self._database.writing() as session:
+            row = session.scalar(select(Model).where(Model.id == name, Model.tenant == tenant).with_for_update())
+            if row is None:
+                raise no_such_model(name)
+            user = session.scalar(select(Job.id).where(Job.parent == name, Job.status.in_((*LIVE_STATUSES, "paused"))))
+            if user is not None:
+                raise InvalidRequestError(
+                    f"{name} is in use: the job {user} goes on from it. Cancel the job, or wait for its end.",
+                    param="model",
+                    code="model_in_use",
+                )
+            session.execute(delete(Permission).where(Permission.model == name))
+            session.delete(row)
+        self._blobs.delete(row.blob)
+
+    @staticmethod
+    def _may_use(session: Session, tenant: str, owner: str, name: str) -> bool:
+        if tenant == owner:
+            return True
+        query = select(Permission.id).where(Permission.model == name, Permission.project == tenant)
+        return session.scalar(query) is not None
+
+
+def no_such_model(name: str) -> MissingError:
+    """The answer for a model that does not exist, or that the caller may not use."""
+    return MissingError(
+        f"The model `{name}` does not exist or you do not have access to it.", param="model", code="model_not_found"
+    )

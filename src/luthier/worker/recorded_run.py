@@ -1,0 +1,193 @@
+"""A job of the service: a `Run` in a folder that can be lost, whose steps, checkpoints and end go into the record."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.base.load import Base
+from luthier.checkpoints.checkpoint import checkpoint_folder
+from luthier.engine.job import StepReport, TrainingJob
+from luthier.recipe import Recipe, validate
+from luthier.registry.seam import CheckpointRecord, ClaimedJob, JobResult, StepRecord
+from luthier.store.blobs import Blobs
+from luthier.worker.progress import SilentProgress
+from luthier.worker.run import Run
+from luthier.worker.run_folder import resolved_versions
+
+SAVE_SECONDS = 60.0
+"""A job saves at least this often: what a dead worker loses at most."""
+
+
+@dataclass
+class SavedFiles:
+    """A checkpoint's or adapter's files, linked aside so that pruning does not touch them while they are copied."""
+
+    folder: Path
+    prefix: str
+
+    def put(self, blobs: Blobs) -> tuple[str, int]:
+        """Copy them into the store, and forget them here; returns digest and size."""
+        written = blobs.put_folder(self.prefix, self.folder)  # where this fails, the files stay to be tried again
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return written.sha256, written.num_bytes
+
+
+@dataclass
+class RecordedRun:
+    """One claimed job. Made by `prepare`, in any thread; all else happens in the thread that runs the base."""
+
+    claimed: ClaimedJob
+    run: Run
+    folder: Path
+    saved_at: float = field(default_factory=time.monotonic)
+    last_report: StepReport | None = None
+
+    @classmethod
+    def prepare(cls, claimed: ClaimedJob, blobs: Blobs, scratch: Path, source: str, base_folder: Path) -> RecordedRun:
+        """Fetch the job's files, check and render its data, and put its last checkpoint where the run looks for it.
+
+        Raises:
+            LuthierError: for data that does not hold, or files that are gone.
+        """
+        folder = scratch / "jobs" / claimed.claim.job
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        recipe = _recipe(claimed, blobs, folder, source)
+        run = Run.begin(recipe, base_folder, SilentProgress(), resume=False)
+        run.writes_report = False
+        for prefix in claimed.checkpoints:
+            run.folder.checkpoints.mkdir(exist_ok=True)
+            blobs.get_folder(prefix, run.folder.checkpoints / prefix.rsplit("/", 1)[-1])
+        run.resumed = bool(claimed.checkpoints)
+        return cls(claimed, run, folder)
+
+    @property
+    def id(self) -> str:
+        return self.claimed.claim.job
+
+    @property
+    def job(self) -> TrainingJob:
+        return self.run.job
+
+    def admit(self, base: Base, score_tokens: int, between: Callable[[], None]) -> TrainingJob:
+        """Give the job its slot. Raises as `Run.admit` does."""
+        self.run.score_tokens, self.run.between = score_tokens, between
+        return self.run.admit(base)
+
+    @property
+    def num_rows(self) -> int:
+        return self.run.data.report.train.num_rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self.run.data.train.total_tokens
+
+    def on_step(self, report: StepReport) -> StepRecord:
+        """Let the run see to a step, and say what happened in it."""
+        self.last_report = report
+        self.run.on_step(report)
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
+            self.run.save()
+        valid = self.run.last_validation if self.run.last_validation.get("step") == report.step else {}
+        return StepRecord(
+            report.step,
+            self.job.total_steps,
+            report.loss,
+            report.num_tokens,
+            report.learning_rate,
+            valid_loss=valid.get("loss"),
+            valid_accuracy=valid.get("token_accuracy", valid.get("accuracy")),
+        )
+
+    def take_checkpoint(self) -> tuple[SavedFiles, CheckpointRecord] | None:
+        """The checkpoint of the current step, if there is one that was not taken yet."""
+        step = self.job.step
+        path = checkpoint_folder(self.run.folder.checkpoints, step)
+        mark = self.folder / f"taken-{step}"
+        if not path.exists() or mark.exists():
+            return None
+        mark.touch()
+        self.saved_at = time.monotonic()
+        name = f"tenants/{self.claimed.tenant}/jobs/{self.id}/{self.claimed.claim.epoch}/{path.name}"
+        files = self._aside(path, name)
+        metrics: dict[str, float] = {"step": step}
+        if self.last_report is not None:
+            metrics["train_loss"] = self.last_report.loss
+        if self.run.last_validation.get("step") == step:
+            valid = self.run.last_validation
+            metrics["full_valid_loss"] = metrics["valid_loss"] = valid["loss"]
+            if (accuracy := valid.get("token_accuracy", valid.get("accuracy"))) is not None:
+                metrics["full_valid_mean_token_accuracy"] = metrics["valid_mean_token_accuracy"] = accuracy
+        return files, CheckpointRecord(step, name, "", 0, metrics, self.run.best.step)
+
+    def take_result(self, peak_memory_bytes: int, device: str) -> tuple[SavedFiles, JobResult]:
+        """Finish the run; what is left is to store its adapter."""
+        result = self.run.finish(peak_memory_bytes, device)
+        name = f"tenants/{self.claimed.tenant}/models/{self.id}-{self.claimed.claim.epoch}"
+        files = self._aside(self.run.folder.adapter, name)
+        lineage: dict[str, Any] = {
+            "base_sha256": result.result["base_sha256"],
+            "data_sha256": result.result["data_sha256"],
+            "best_step": result.result["best_step"],
+            "labels": list(self.run.data.task.labels),
+            "versions": resolved_versions(),
+        }
+        return files, JobResult(name, "", 0, lineage, result.evaluation, self.job.step)
+
+    def save(self) -> None:
+        """Save the last whole step; what was gathered of the next is dropped."""
+        self.run.interrupt()
+
+    def drop(self) -> None:
+        """Forget the job's files here."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def public(self, message: str) -> str:
+        """A message without places of this machine in it."""
+        return message.replace(f"{self.folder}/run", "the job").replace(f"{self.folder}/", "")
+
+    def _aside(self, folder: Path, prefix: str) -> SavedFiles:
+        # Not under the job's folder: a copy goes on after the job has been dropped.
+        target = self.folder.parent.parent / "outgoing" / secrets.token_hex(8)
+        shutil.copytree(folder, target, copy_function=_link)
+        return SavedFiles(target, prefix)
+
+
+def _recipe(claimed: ClaimedJob, blobs: Blobs, folder: Path, source: str) -> Recipe:
+    train = _copy(blobs, claimed.train_file, folder / "train.jsonl")
+    validation: str | float | None = claimed.hold_out or None
+    if claimed.validation_file is not None:
+        validation = str(_copy(blobs, claimed.validation_file, folder / "validation.jsonl"))
+    start = None
+    if claimed.start_from is not None:
+        blobs.get_folder(claimed.start_from, folder / "start")
+        start = str(folder / "start")
+    values = {
+        **claimed.spec,
+        "base": source,
+        "data": {"train": str(train), "validation": validation},
+        "start_from": start,
+        "output": str(folder / "run"),
+    }
+    return validate(Recipe, values, "the job")
+
+
+def _copy(blobs: Blobs, key: str, target: Path) -> Path:
+    with target.open("wb") as file:
+        for piece in blobs.pieces(key):
+            file.write(piece)
+    return target
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

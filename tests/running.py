@@ -1,0 +1,140 @@
+"""A whole service in this process: the API under uvicorn on a free port, and a worker, each in a thread."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from luthier.service.app import create_app
+from luthier.service.context import Context
+from luthier.service.settings import ServiceSettings
+from luthier.store.blobs import Blobs
+from luthier.store.database import open_database
+from luthier.worker.served_bases import ServedBases
+
+WORDS = ["red", "green", "blue", "warm", "cold", "bright", "dim", "lamp", "door", "fan"]
+BASE = "tiny"
+
+
+def chat_rows(num_rows: int, seed: int = 0) -> bytes:
+    """A training file."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(num_rows):
+        words = draw.sample(WORDS, 3)
+        turns = [{"role": "user", "content": " ".join(words)}, {"role": "assistant", "content": words[0]}]
+        rows.append(json.dumps({"messages": turns}))
+    return ("\n".join(rows) + "\n").encode()
+
+
+@dataclass
+class Service:
+    """A running service.
+
+    Attributes:
+        url: Without the /v1.
+        keys: Tenant's name -> a key with the scopes tune and infer.
+    """
+
+    url: str
+    context: Context
+    keys: dict[str, str]
+
+    def tenant(self, name: str, scopes: tuple[str, ...] = ("tune", "infer"), **quotas: Any) -> str:
+        """A new tenant; returns a key of it."""
+        self.context.tenants.create(name, **quotas)
+        _, self.keys[name] = self.context.tenants.create_key(name, scopes)
+        return self.keys[name]
+
+
+def make_context(folder: Path, base_folder: Path, database_url: str = "", **settings: Any) -> Context:
+    """A context over a new store."""
+    chosen = replace(
+        ServiceSettings(
+            data_folder=folder,
+            database_url=database_url or f"sqlite:///{folder / 'luthier.db'}",
+            storage=str(folder / "blobs"),
+            bases={BASE: str(base_folder)},
+            start_seconds=20.0,
+            lease_seconds=5.0,
+            private_webhooks=True,
+        ),
+        **settings,
+    )
+    database = open_database(chosen.database_url)
+    return Context(chosen, database, Blobs(chosen.storage, dict(chosen.storage_options)), ServedBases(chosen.bases))
+
+
+@contextmanager
+def serving(context: Context) -> Iterator[Service]:
+    """The API alone."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(context), log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield Service(f"http://127.0.0.1:{sock.getsockname()[1]}", context, {})
+    finally:
+        server.should_exit = True
+        thread.join(15)
+        sock.close()
+        context.database.close()
+
+
+@contextmanager
+def working(context: Context, folder: Path, **options: Any) -> Iterator[Any]:
+    """A worker of the base, in a thread."""
+    from luthier.registry.work import StoredWork
+    from luthier.worker.service_worker import ServiceWorker, WorkerOptions
+
+    chosen = WorkerOptions(
+        base=BASE,
+        source=context.settings.bases[BASE],
+        scratch=folder,
+        lease_seconds=context.settings.lease_seconds,
+        threads=1,
+    )
+    worker = ServiceWorker(StoredWork(context.database, context.blobs), context.blobs, replace(chosen, **options))
+    problems: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            worker.run()
+        except BaseException as error:
+            problems.append(error)
+            raise
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert not problems
+
+
+def wait_for(job: str, client: Any, *statuses: str, seconds: float = 60.0) -> Any:
+    """Poll a job until it has one of the statuses."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = client.fine_tuning.jobs.retrieve(job)
+        if found.status in (statuses or ("succeeded", "failed", "cancelled")):
+            return found
+        assert time.monotonic() < deadline, f"{job} is still {found.status}"
+        time.sleep(0.05)

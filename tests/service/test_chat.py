@@ -1,0 +1,227 @@
+"""Chat: streams, log-probabilities, seeds, stops, choices, tools, JSON by a schema, head models."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import TypeAdapter
+from running import BASE, Service, chat_rows, wait_for
+
+ASK: Any = [{"role": "user", "content": "red green blue"}]
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "set_lamp",
+        "description": "Switches a lamp.",
+        "parameters": {
+            "type": "object",
+            "properties": {"on": {"type": "boolean"}},
+            "required": ["on"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def strictly(kind: Any, value: Any) -> None:
+    TypeAdapter(kind).validate_json(json.dumps(value.to_dict(mode="json")), strict=True)
+
+
+def test_a_stream_says_what_the_whole_says(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": BASE, "messages": ASK, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**ask)
+    strictly(ChatCompletion, whole)
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    for chunk in chunks:
+        strictly(ChatCompletionChunk, chunk)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 12
+    assert whole.choices[0].finish_reason == "length"
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": BASE, "messages": ASK, "max_tokens": 5, "temperature": 0}
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=3)
+    strictly(ChatCompletion, whole)
+    assert whole.choices[0].logprobs is not None
+    entries = whole.choices[0].logprobs.content or []
+    assert len(entries) == 5
+    assert all(len(entry.top_logprobs) == 3 and entry.logprob == entry.top_logprobs[0].logprob for entry in entries)
+    streamed = [
+        entry.token
+        for chunk in client.chat.completions.create(**ask, logprobs=True, top_logprobs=3, stream=True)
+        if chunk.choices[0].logprobs is not None
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert streamed == [entry.token for entry in entries]
+    with pytest.raises(openai.BadRequestError, match="logprobs=true"):
+        client.chat.completions.create(**ask, top_logprobs=3)
+
+
+def test_seed_choices_and_stop(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": BASE, "messages": ASK, "max_tokens": 8, "temperature": 1.0, "seed": 5, "n": 3}
+    first, again = (client.chat.completions.create(**ask) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) > 1
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    greedy: dict[str, Any] = {"model": BASE, "messages": ASK, "max_tokens": 12, "temperature": 0}
+    text = client.chat.completions.create(**greedy).choices[0].message.content or ""
+    cut = client.chat.completions.create(**greedy, stop=[text[3:5]]).choices[0]
+    assert cut.message.content == text[: text.index(text[3:5])]
+    assert cut.finish_reason == "stop"
+
+
+def test_json_by_a_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"lamp": {"enum": ["red", "blue"]}, "on": {"type": "boolean"}},
+        "required": ["lamp", "on"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "lamp", "schema": schema, "strict": True}}
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model=BASE, messages=ASK, response_format=form, seed=seed, max_tokens=60, temperature=1.0
+        )
+        value = json.loads(answer.choices[0].message.content or "")
+        assert value["lamp"] in ("red", "blue")
+        assert isinstance(value["on"], bool)
+    bad: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}
+    with pytest.raises(openai.BadRequestError, match="banana"):
+        client.chat.completions.create(model=BASE, messages=ASK, response_format=bad)
+
+
+def test_tools_become_tool_calls(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": BASE, "messages": ASK, "tools": [TOOL], "max_tokens": 150, "seed": 1}
+    for choice in ("required", {"type": "function", "function": {"name": "set_lamp"}}):
+        answer = client.chat.completions.create(**ask, tool_choice=choice)
+        strictly(ChatCompletion, answer)
+        assert answer.choices[0].finish_reason == "tool_calls"
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.function.name == "set_lamp"  # type: ignore[union-attr]
+        assert isinstance(json.loads(call.function.arguments)["on"], bool)  # type: ignore[union-attr]
+    deltas = [
+        delta
+        for chunk in client.chat.completions.create(**ask, tool_choice="required", stream=True)
+        for delta in chunk.choices[0].delta.tool_calls or []
+    ]
+    assert [delta.index for delta in deltas] == [0]
+    turns: Any = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call.to_dict()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "done"},
+    ]
+    assert client.chat.completions.create(model=BASE, messages=turns, tools=[TOOL], max_tokens=3).choices
+    with pytest.raises(openai.BadRequestError, match="no tool"):
+        client.chat.completions.create(**ask, tool_choice={"type": "function", "function": {"name": "x"}})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [{"role": "usr", "content": "x"}]},
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": []},
+        {"temperature": 3},
+        {"top_p": 0},
+        {"n": 0},
+        {"max_tokens": 0},
+        {"presence_penalty": 1},
+        {"logit_bias": {"5": 1}},
+        {"stop": ["a"] * 5},
+        {"messages": [{"role": "user", "content": "red " * 2000}]},
+    ],
+)
+def test_requests_that_do_not_hold(client: openai.OpenAI, values: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**({"model": BASE, "messages": ASK} | values))
+
+
+def test_a_classifier_predicts_and_does_not_chat(client: openai.OpenAI) -> None:
+    rows = [
+        {"text": f"{w} lamp", "label": "warm" if w in ("red", "bright") else "cold"}
+        for w in ("red", "blue", "dim", "bright")
+    ] * 5
+    content = "\n".join(map(json.dumps, rows)).encode()
+    file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
+    own = {"task": "classification", "train": {"epochs": 20.0, "learning_rate": 3e-3}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
+    done = wait_for(job.id, client)
+    assert done.status == "succeeded", done.error
+    body = {"model": done.fine_tuned_model, "input": ["red lamp", "blue lamp"]}
+    answer = client.post("/luthier/predict", cast_to=httpx.Response, body=body).json()
+    assert [row["label"] for row in answer["data"]] == ["warm", "cold"]
+    assert sum(answer["data"][0]["probabilities"].values()) == pytest.approx(1.0)
+    with pytest.raises(openai.BadRequestError, match="predict"):
+        client.chat.completions.create(model=str(done.fine_tuned_model), messages=ASK)
+    with pytest.raises(openai.BadRequestError, match="no head"):
+        client.post("/luthier/predict", cast_to=httpx.Response, body={"model": BASE, "input": "x"})
+
+
+def test_a_tuned_model_answers_as_it_was_tuned(client: openai.OpenAI) -> None:
+    rows = [{"messages": [*ASK, {"role": "assistant", "content": "door"}]}] * 12
+    content = "\n".join(map(json.dumps, rows)).encode()
+    file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
+    own = {"train": {"epochs": 25.0, "learning_rate": 5e-3, "batch_size": 4, "checkpoint_every": 20}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
+    done = wait_for(job.id, client)
+    assert done.status == "succeeded", done.error
+    answer = client.chat.completions.create(model=str(done.fine_tuned_model), messages=ASK, temperature=0, max_tokens=8)
+    assert answer.choices[0].message.content == "door"
+    assert answer.choices[0].finish_reason == "stop"
+    assert (
+        client.chat.completions.create(model=BASE, messages=ASK, temperature=0, max_tokens=8).choices[0]
+        != answer.choices[0]
+    )
+
+
+def test_a_caller_that_goes_away_frees_its_place(service: Service, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(model=BASE, messages=ASK, max_tokens=200, stream=True, temperature=1.0)
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        rows = service.context.usage.by_day(service.context.tenants.get("acme").id)
+        if any(row["model"] == BASE and row["prompt_tokens"] for row in rows):
+            break
+        time.sleep(0.05)
+    assert client.chat.completions.create(model=BASE, messages=ASK, max_tokens=1).choices
+
+
+def test_usage_is_counted_once_and_shown(client: openai.OpenAI) -> None:
+    def counted() -> int:
+        rows = client.get("/luthier/usage", cast_to=httpx.Response).json()["data"]
+        return sum(row["generated_tokens"] for row in rows if row["model"] == BASE)
+
+    before = counted()
+    answer = client.chat.completions.create(model=BASE, messages=ASK, max_tokens=7, n=2, temperature=1.0)
+    assert answer.usage is not None
+    assert counted() == before + answer.usage.completion_tokens
+
+
+def test_chat_goes_on_while_a_job_trains(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("t.jsonl", chat_rows(40)), purpose="fine-tune")
+    own = {"train": {"epochs": 3000.0}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
+    wait_for(job.id, client, "running")
+    before = client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"]  # type: ignore[index]
+    for _ in range(5):
+        started = time.monotonic()
+        stream = client.chat.completions.create(model=BASE, messages=ASK, max_tokens=10, stream=True, temperature=1.0)
+        next(iter(stream))
+        assert time.monotonic() - started < 5.0
+        list(stream)
+    after = client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"]  # type: ignore[index]
+    client.fine_tuning.jobs.cancel(job.id)
+    assert after > before

@@ -1,0 +1,265 @@
+"""Webhooks, backup and restore, erasure, shutdown, eviction, several databases: what an operator relies on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from running import BASE, Service, chat_rows, make_context, serving, wait_for, working
+
+from luthier.errors import RunError
+from luthier.registry.backup import back_up, restore
+from luthier.registry.webhooks import address_problem
+from luthier.store.blobs import Blobs
+from luthier.worker.served_bases import ServedBases
+
+QUICK: dict[str, Any] = {"train": {"max_steps": 2, "checkpoint_every": 1}, "method": {"type": "lora", "rank": 2}}
+
+
+@pytest.fixture
+def fresh(database_url: str, tiny_llama: Path, tmp_path: Path) -> Iterator[Service]:
+    """A service of the test's own, on each kind of database."""
+    context = make_context(tmp_path / "data", tiny_llama, database_url)
+    with serving(context) as running:
+        running.tenant("acme")
+        yield running
+
+
+def client_of(service: Service, name: str = "acme") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key=service.keys[name], max_retries=0)
+
+
+def tune(client: openai.OpenAI, own: dict[str, Any] = QUICK, **values: Any) -> Any:
+    file = client.files.create(file=("t.jsonl", chat_rows(20)), purpose="fine-tune")
+    return client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own}, **values)
+
+
+class Ear(BaseHTTPRequestHandler):
+    """Hears webhooks; fails the first call, so that it is retried."""
+
+    heard: list[tuple[dict[str, str], bytes]] = []  # noqa: RUF012
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        Ear.heard.append(({key.lower(): value for key, value in self.headers.items()}, body))
+        self.send_response(500 if len(Ear.heard) == 1 else 200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def ear(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("luthier.registry.webhooks.RETRY_SECONDS", (0.2,) * 6)
+    Ear.heard = []
+    server = HTTPServer(("127.0.0.1", 0), Ear)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/hook"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_jobs_end_is_told_signed_and_again_until_it_is_heard(fresh: Service, ear: str) -> None:
+    client = client_of(fresh)
+    hook = client.post("/luthier/webhooks", cast_to=httpx.Response, body={"url": ear}).json()
+    job = tune(client)
+    client.fine_tuning.jobs.cancel(job.id)
+    deadline = time.monotonic() + 20
+    while len(Ear.heard) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(Ear.heard) == 2
+    headers, body = Ear.heard[1]
+    assert Ear.heard[0][1] == body
+    event = client.webhooks.unwrap(body.decode(), headers, secret=hook["secret"])
+    assert (event.type, event.data.id) == ("fine_tuning.job.cancelled", job.id)  # type: ignore[union-attr]
+    with pytest.raises(openai.InvalidWebhookSignatureError):
+        client.webhooks.unwrap(body.decode() + " ", headers, secret=hook["secret"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/x",
+        "https://127.0.0.1/x",
+        "https://10.0.0.1/x",
+        "https://169.254.169.254/latest/meta-data",
+        "https://[::1]/x",
+        "https://[::ffff:10.0.0.1]/x",
+        "https://localhost/x",
+        "https://user:pass@example.com/",
+        "ftp://example.com",
+        "https://",
+        "https://2130706433/",
+    ],
+)
+def test_webhooks_go_to_no_private_address(url: str) -> None:
+    assert address_problem(url, may_be_private=False)
+
+
+def test_jobs_run_the_same_on_both_databases(fresh: Service, tmp_path: Path) -> None:
+    client = client_of(fresh)
+    with working(fresh.context, tmp_path / "worker"):
+        jobs = [tune(client) for _ in range(3)]
+        done = [wait_for(job.id, client) for job in jobs]
+        assert [job.status for job in done] == ["succeeded"] * 3, [job.error for job in done]
+        answer = client.chat.completions.create(
+            model=str(done[0].fine_tuned_model), messages=[{"role": "user", "content": "red"}], max_tokens=3
+        )
+        assert answer.choices
+        assert client.fine_tuning.jobs.list(metadata={"a": "b"}).data == []
+
+
+def test_a_worker_that_is_asked_to_end_saves_its_jobs(fresh: Service, tmp_path: Path) -> None:
+    client = client_of(fresh)
+    with working(fresh.context, tmp_path / "one"):
+        job = tune(client, {"train": {"epochs": 5000.0}, "method": {"type": "lora", "rank": 2}})
+        wait_for(job.id, client, "running")
+        while client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"] < 3:  # type: ignore[index]
+            time.sleep(0.05)
+    left = client.fine_tuning.jobs.retrieve(job.id)
+    assert left.status == "queued"
+    step = left.to_dict()["luthier"]["step"]  # type: ignore[index]
+    saved = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
+    assert saved.step_number == step
+    with working(fresh.context, tmp_path / "two"):
+        wait_for(job.id, client, "running")
+        while client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"] <= step:  # type: ignore[index]
+            time.sleep(0.05)
+        client.fine_tuning.jobs.cancel(job.id)
+    steps = [e.data["step"] for e in client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"]  # type: ignore[index]
+    assert len(steps) == len(set(steps))
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_service_over_postgresql_and_s3(
+    database_url: str, s3_bucket: tuple[str, dict[str, Any]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Two workers one after another: what the second goes on from, it has from the bucket alone."""
+    storage, options = s3_bucket
+    context = make_context(tmp_path / "api", tiny_llama, database_url, storage=storage, storage_options=options)
+    with serving(context) as service:
+        service.tenant("acme")
+        client = client_of(service)
+        with working(context, tmp_path / "one"):
+            job = tune(client, {"train": {"epochs": 10.0}, "method": {"type": "lora", "rank": 2}})
+            while client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"] < 3:  # type: ignore[index]
+                time.sleep(0.05)
+        with working(context, tmp_path / "two"):
+            done = wait_for(job.id, client)
+            assert done.status == "succeeded", done.error
+            answer = client.chat.completions.create(
+                model=str(done.fine_tuned_model), messages=[{"role": "user", "content": "red"}], max_tokens=3
+            )
+            assert answer.choices
+        assert client.files.content(done.result_files[0]).read().startswith(b"step,")
+    assert not (tmp_path / "api" / "blobs").exists()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_adapters_beyond_the_room_come_and_go(fresh: Service, tmp_path: Path) -> None:
+    client = client_of(fresh)
+    with working(fresh.context, tmp_path / "worker", max_slots=1) as worker:
+        models = [str(wait_for(tune(client, seed=n).id, client).fine_tuned_model) for n in range(3)]
+        ask: dict[str, Any] = {"messages": [{"role": "user", "content": "red"}], "max_tokens": 4, "temperature": 0}
+        first = [client.chat.completions.create(model=m, **ask).choices[0].message.content for m in models]
+        again = [client.chat.completions.create(model=m, **ask).choices[0].message.content for m in models]
+        assert first == again
+        assert len(worker._slots) == 1
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_backup_and_restore(fresh: Service, tmp_path: Path) -> None:
+    client = client_of(fresh)
+    with working(fresh.context, tmp_path / "worker"):
+        job = wait_for(tune(client).id, client)
+    back_up(fresh.context.database, fresh.context.blobs, tmp_path / "backup")
+    url, blobs = f"sqlite:///{tmp_path / 'new' / 'luthier.db'}", Blobs(str(tmp_path / "new" / "blobs"))
+    restore(tmp_path / "backup", url, blobs)
+    with pytest.raises(RunError, match="there already"):
+        restore(tmp_path / "backup", url, blobs)
+    again = make_context(tmp_path / "new", Path(fresh.context.settings.bases[BASE]), url)
+    with serving(again) as restored:
+        restored.keys = fresh.keys
+        found = client_of(restored)
+        assert found.fine_tuning.jobs.retrieve(job.id).fine_tuned_model == job.fine_tuned_model
+        assert found.files.content(job.training_file).read() == chat_rows(20)
+    (tmp_path / "backup/blobs/tenants").rename(tmp_path / "lost")
+    with pytest.raises(RunError, match="lacks"):
+        restore(tmp_path / "backup", f"sqlite:///{tmp_path / 'third' / 'x.db'}", Blobs(str(tmp_path / "third/blobs")))
+
+
+def test_a_tenants_data_is_erased_for_good(fresh: Service, tmp_path: Path) -> None:
+    fresh.tenant("stays")
+    fresh.tenant("operator", ("admin",))
+    gone, stays, operator = (client_of(fresh, name) for name in ("acme", "stays", "operator"))
+    kept = stays.files.create(file=("k.jsonl", b"kept-text"), purpose="fine-tune")
+    with working(fresh.context, tmp_path / "worker"):
+        done = wait_for(tune(gone).id, gone)
+        assert done.status == "succeeded"
+    tenant = fresh.context.tenants.get("acme").id
+    operator.delete(f"/luthier/admin/tenants/{tenant}", cast_to=httpx.Response)
+    with pytest.raises(openai.AuthenticationError):
+        gone.models.list()
+    root = fresh.context.blobs.folder
+    assert root is not None
+    assert not (root / "tenants" / tenant).exists()
+    assert stays.files.content(kept.id).read() == b"kept-text"
+    from sqlalchemy import String, cast, select
+
+    from luthier.store.tables import Table
+
+    with fresh.context.database.reading() as session:
+        for table in Table.metadata.sorted_tables:
+            for row in session.execute(select(*(cast(column, String) for column in table.columns))):
+                assert tenant not in str(row), table.name
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_content_filter_stops_prompts_and_replies(tiny_llama: Path, tmp_path: Path, database_url: str) -> None:
+    context = make_context(tmp_path / "data", tiny_llama, database_url, blocked_words=("secretword",))
+    with serving(context) as service, working(context, tmp_path / "worker"):
+        service.tenant("acme")
+        client = client_of(service)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": "a SecretWord"}])
+        assert refused.value.code == "content_filter"
+        schema = {"type": "object", "properties": {"a": {"const": "secretword"}}, "required": ["a"]}
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        answer = client.chat.completions.create(
+            model=BASE, messages=[{"role": "user", "content": "x"}], response_format=form, max_tokens=60
+        )
+        assert answer.choices[0].finish_reason == "content_filter"
+        assert "secretword" not in (answer.choices[0].message.content or "")
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_prices_estimates_and_costs(fresh: Service, tmp_path: Path) -> None:
+    fresh.tenant("operator", ("admin",))
+    operator, client = client_of(fresh, "operator"), client_of(fresh)
+    price = {"trained": 8.0, "prompt": 1.0, "generated": 2.0}
+    operator.post("/luthier/admin/prices/tiny", cast_to=httpx.Response, body=price)
+    with working(fresh.context, tmp_path / "worker"):
+        job = tune(client, {"train": {"epochs": 2.0}, "method": {"type": "lora", "rank": 2}})
+        estimate = job.to_dict()["luthier"]["estimate"]
+        done = wait_for(job.id, client)
+    own = done.to_dict()["luthier"]
+    assert done.trained_tokens == estimate["trained_tokens"], "tokens were counted, not guessed"
+    assert own["cost"] == pytest.approx(estimate["cost"]) == pytest.approx(done.trained_tokens * 8.0 / 1e6, abs=1e-6)
+    rows = operator.get("/luthier/admin/usage", cast_to=httpx.Response).json()["data"]
+    assert sum(row["trained_tokens"] for row in rows) == done.trained_tokens
+
+
+def test_the_catalogue_is_served_where_no_base_is_named() -> None:
+    served = ServedBases({})
+    assert served.find("smollm2-135m-instruct") is not None
+    assert served.find("/etc") is None
+    assert served.source("smollm2-135m-instruct") == "smollm2-135m-instruct"
