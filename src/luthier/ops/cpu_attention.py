@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 MAX_SHORT_TOKENS = 64
-"""Past about 100 the fused kernel is as fast, and it keeps less."""
+"""Past about 100 the fused kernel is as fast."""
 
 MAX_PADDING = 1.25
 """A group's longest sequence has at most this many times the tokens of its shortest."""
@@ -76,18 +76,11 @@ def attend_on_cpu(
     num_heads, num_keys = query_THD.shape[1], key_TKD.shape[1]
     layout = layout_of(lengths, num_heads, num_keys)
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
-    saved: list[Tensor] = []
     for group in layout.groups:
         q, k, v = _gathered(group, query_THD, key_TKD, value_TKD)
-        probability = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-        shared = probability.view(group.num_sequences, num_keys, -1, group.longest, group.longest)
-        shared.add_(_mask(group.longest, window, q.dtype))
-        probability = torch.softmax(probability, dim=-1)
-        if group.is_real_N11L1 is not None:
-            probability.view(shared.shape).mul_(group.is_real_N11L1)
-        rows = torch.bmm(probability, v).view(-1, v.shape[-1])
+        rows = torch.bmm(_probability(group, q, k, scale, window), v).view(-1, v.shape[-1])
         _put(out_THD, group.query_to, rows, group.query_from)
-        saved.append(probability)
+    saved: list[Tensor] = []
     for start, end in layout.long_bounds:
         q, k, v = _long(query_THD, key_TKD, value_TKD, start, end)
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
@@ -98,31 +91,32 @@ def attend_on_cpu(
 
 def attend_on_cpu_backward(
     grad_THD: Tensor, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, out_THD: Tensor,
-    saved: tuple[Tensor, ...], lengths: tuple[int, ...], scale: float,
+    saved: tuple[Tensor, ...], lengths: tuple[int, ...], scale: float, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, each [T, heads, D] and contiguous."""
     num_heads, num_keys = query_THD.shape[1], key_TKD.shape[1]
     layout = layout_of(lengths, num_heads, num_keys)
-    grads = tuple(torch.empty(part.shape, dtype=part.dtype) for part in (query_THD, key_TKD, value_TKD))
-    for group, probability in zip(layout.groups, saved, strict=False):
+    dq_THD, dk_TKD, dv_TKD = (torch.empty(part.shape, dtype=part.dtype) for part in (query_THD, key_TKD, value_TKD))
+    for group in layout.groups:
         q, k, v = _gathered(group, query_THD, key_TKD, value_TKD)
+        probability = _probability(group, q, k, scale, window)
         g = _rows(grad_THD).index_select(0, group.query_at).view(q.shape)
         dv = torch.bmm(probability.transpose(1, 2), g)
         slope = torch.bmm(g, v.transpose(1, 2))
         slope = torch.ops.aten._softmax_backward_data(slope, probability, -1, slope.dtype).mul_(scale)
-        _put(grads[0], group.query_to, torch.bmm(slope, k).view(-1, k.shape[-1]), group.query_from)
-        _put(grads[1], group.key_to, torch.bmm(slope.transpose(1, 2), q).view(-1, k.shape[-1]), group.key_from)
-        _put(grads[2], group.key_to, dv.view(-1, v.shape[-1]), group.key_from)
-    for (start, end), logsumexp in zip(layout.long_bounds, saved[len(layout.groups) :], strict=True):
+        _put(dq_THD, group.query_to, torch.bmm(slope, k).view(-1, k.shape[-1]), group.query_from)
+        _put(dk_TKD, group.key_to, torch.bmm(slope.transpose(1, 2), q).view(-1, k.shape[-1]), group.key_from)
+        _put(dv_TKD, group.key_to, dv.view(-1, v.shape[-1]), group.key_from)
+    for (start, end), logsumexp in zip(layout.long_bounds, saved, strict=True):
         q, k, v = _long(query_THD, key_TKD, value_TKD, start, end)
         g, out = (part[start:end].transpose(0, 1)[None] for part in (grad_THD, out_THD))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, out, logsumexp, 0.0, True, scale=scale
         )
-        grads[0][start:end] = dq[0].transpose(0, 1)
-        for into, part in ((grads[1], dk), (grads[2], dv)):
+        dq_THD[start:end] = dq[0].transpose(0, 1)
+        for into, part in ((dk_TKD, dk), (dv_TKD, dv)):
             into[start:end] = part[0].unflatten(0, (num_keys, -1)).sum(dim=1).transpose(0, 1)
-    return grads
+    return dq_THD, dk_TKD, dv_TKD
 
 
 class CpuAttention(torch.autograd.Function):
@@ -140,15 +134,13 @@ class CpuAttention(torch.autograd.Function):
     ) -> Tensor:
         out_THD, saved = attend_on_cpu(query_THD, key_TKD, value_TKD, lengths, scale, window)
         ctx.save_for_backward(query_THD, key_TKD, value_TKD, out_THD, *saved)
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.cut = lengths, scale, window
         return out_THD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query_THD, key_TKD, value_TKD, out_THD, *saved = ctx.saved_tensors
-        parts = attend_on_cpu_backward(
-            grads[0], query_THD, key_TKD, value_TKD, out_THD, tuple(saved), ctx.lengths, ctx.scale
-        )
+        parts = attend_on_cpu_backward(grads[0], query_THD, key_TKD, value_TKD, out_THD, tuple(saved), *ctx.cut)
         return (*parts, None, None, None)
 
 
@@ -189,6 +181,17 @@ def _group(members: list[tuple[int, int]], num_heads: int, num_keys: int) -> Gro
     key_at, key_from, key_to = rows(num_keys)
     is_real = None if bool(is_real_NL.all()) else is_real_NL[:, None, None, :, None].to(torch.float32)
     return Group(len(members), longest, query_at, key_at, query_from, key_from, query_to, key_to, is_real)
+
+
+def _probability(group: Group, q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
+    """[N x K, G x L, L]; made again in the backward, for it grows with the square of the length and costs little."""
+    score = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    shape = (group.num_sequences, -1, q.shape[1] // group.longest, group.longest, group.longest)
+    score.view(shape).add_(_mask(group.longest, window, q.dtype))
+    probability = torch.softmax(score, dim=-1)
+    if group.is_real_N11L1 is not None:
+        probability.view(shape).mul_(group.is_real_N11L1)
+    return probability
 
 
 @lru_cache(maxsize=2 * MAX_SHORT_TOKENS)

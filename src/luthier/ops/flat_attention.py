@@ -70,12 +70,12 @@ def attend_backward(
     sequences: Sequences, scale: float, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, each [T, heads, D] and contiguous."""
+    if cpu_attention.serves(query_THD, sequences.lengths, window):
+        return cpu_attention.attend_on_cpu_backward(
+            grad_THD, query_THD, key_TKD, value_TKD, out_THD, saved, sequences.lengths, scale, window
+        )
     if not saved:
         return _plain_backward(grad_THD, query_THD, key_TKD, value_TKD, sequences, scale, window)
-    if not query_THD.is_cuda:
-        return cpu_attention.attend_on_cpu_backward(
-            grad_THD, query_THD, key_TKD, value_TKD, out_THD, saved, sequences.lengths, scale
-        )
     if len(saved) == 7:
         logsumexp, seed, offset, cum_q, cum_k, max_q, max_k = saved
         parts = (grad_THD, query_THD, key_TKD, value_TKD, out_THD)

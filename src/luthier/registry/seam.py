@@ -5,7 +5,7 @@
 
 The record never calls a worker to move a job: it writes what is wanted, and a worker reads it with its next verb. Only
 replies, which must come at once, go the other way: a worker serves `POST /v1/sample` and `POST /v1/predict` on the
-address that it registers, to whoever shows the secret that it registers with it (see docs/decisions/0008).
+address that it registers, to whoever shows the secret that it registers with it (see docs/decisions/0012).
 
 Nothing here imports torch, SQL or HTTP. `luthier.registry.work.StoredWork` implements the verbs over the store.
 """

@@ -114,9 +114,17 @@ def check_own(own: dict[str, Any], base: str) -> JobSpec:
     values = {**own, "base": base, "task": task}
     values.setdefault("evaluation", {"generate": False})
     try:
-        return validate(JobSpec, values, "luthier")
+        spec = validate(JobSpec, values, "luthier")
     except RecipeError as error:
         raise InvalidRequestError(error.found, param="luthier", code="invalid_job_spec") from None
+    if spec.method.runs == "exclusive" or spec.method.quantization is not None:
+        raise InvalidRequestError(
+            f"method {spec.method.type} is not served yet; use lora, dora or ia3 over the base as it is, or train with "
+            f"`luthier train`.",
+            param="luthier",
+            code="method_not_served",
+        )
+    return spec
 
 
 def _hyperparameters(body: JobCreate) -> Hyperparameters:

@@ -14,6 +14,7 @@ from typing import Any
 from luthier.base.load import Base
 from luthier.checkpoints.checkpoint import checkpoint_folder
 from luthier.engine.job import StepReport, TrainingJob
+from luthier.engine.slot import Slot
 from luthier.recipe import Recipe, validate
 from luthier.registry.seam import CheckpointRecord, ClaimedJob, JobResult, StepRecord
 from luthier.store.blobs import Blobs
@@ -75,6 +76,13 @@ class RecordedRun:
     @property
     def job(self) -> TrainingJob:
         return self.run.job
+
+    @property
+    def slot(self) -> Slot:
+        """The job's slot in the bank; exclusive methods are refused when a job is created."""
+        slot = self.run.job.slot
+        assert isinstance(slot, Slot), "an exclusive job came to the bank"
+        return slot
 
     def admit(self, base: Base, score_tokens: int, between: Callable[[], None]) -> TrainingJob:
         """Give the job its slot. Raises as `Run.admit` does."""

@@ -218,7 +218,7 @@ class ServiceWorker:
         """Whether there is memory for one more job. What others have taken is measured as taken; those that have not
         stepped yet have still to take their gradients and moments."""
         plan = plan_memory(self.base, [run.job], self._options.step_tokens)
-        own = sum(parameter.numel() for parameter in run.job.slot.parameters().values())
+        own = sum(parameter.numel() for parameter in run.slot.parameters().values())
         share = (plan.gradients + plan.optimizer) / max(1, own)
         waiting = sum(
             parameter.numel()
@@ -230,7 +230,7 @@ class ServiceWorker:
 
     def _turn_away(self, run: RecordedRun) -> None:
         """There is no memory for this job now: others finish first, or it never fits."""
-        self.base.bank.remove(run.job.slot)
+        self.base.bank.remove(run.slot)
         claim = run.claimed.claim
         run.drop()
         if self._runs:
@@ -329,7 +329,7 @@ class ServiceWorker:
             return
         files, checkpoint = taken
         claim = run.claimed.claim
-        self._slots.adopt(checkpoint.prefix, run.job.slot)
+        self._slots.adopt(checkpoint.prefix, run.slot)
 
         def record() -> None:
             sha256, num_bytes = files.put(self._blobs)
@@ -355,7 +355,7 @@ class ServiceWorker:
             self._forget(run)
             return
         files, result = run.take_result(peak_memory_bytes(self.base.device), device_name(self.base))
-        self._slots.adopt(result.prefix, run.job.slot)
+        self._slots.adopt(result.prefix, run.slot)
 
         def record() -> None:
             sha256, num_bytes = files.put(self._blobs)
@@ -393,7 +393,7 @@ class ServiceWorker:
 
     def _forget(self, run: RecordedRun) -> None:
         del self._runs[run.id]
-        self.base.bank.remove(run.job.slot)
+        self.base.bank.remove(run.slot)
         run.drop()
         self._max_jobs = self._options.max_jobs
         self._replies.last_used_at = time.monotonic()

@@ -146,16 +146,16 @@ class PromptBase(PeftBase):
             "attention_mask": mask,
         }
 
-    def _classify_rotary(self, batch: PackedBatch, cache: Any) -> None:
+    def classify_rotary(self, batch: PackedBatch, cache: Any) -> None:
         if not self._is_tuned:
-            return super()._classify_rotary(batch, cache)
+            return super().classify_rotary(batch, cache)
         for rotary in self._rotaries:
             is_long_N = torch.tensor(batch.lengths) + self.num_virtual > rotary.short_positions
             num_positions = batch.max_length + self.num_lead
             rotary.is_long_BL = is_long_N[:, None].expand(-1, num_positions).to(self.device)
         return None
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, enabled: bool, num_layers: int | None = None) -> None:
         """As the base's.
 
         Raises:
@@ -167,7 +167,7 @@ class PromptBase(PeftBase):
                 "off; if memory is short without it, shorter rows or another method",
                 "lower train.max_length, set train.gradient_checkpointing: off, or use `method: prompt`",
             )
-        super().set_checkpointing(enabled)
+        super().set_checkpointing(enabled, num_layers)
 
 
 def put_into(model: Any, spec: ExclusiveSpec, folder: Path | None, seed: int, *, is_meta: bool = False) -> Any:
