@@ -308,3 +308,14 @@ def test_a_classifier_of_own_weights_is_judged_again(tiny_llama: Path, tmp_path:
     assert set(model.config.id2label.values()) == set(WORDS[:3])
     again = luthier.evaluate_run(result.folder)
     assert again["tuned"]["accuracy"]["value"] >= again["base"]["accuracy"]["value"]
+
+
+def test_what_is_done_keeps_no_other_run_from_its_resume(tiny_llama: Path, tmp_path: Path) -> None:
+    shared = recipe_for(tiny_llama, tmp_path, "shared", "lora", max_steps=2)
+    exclusive = recipe_for(tiny_llama, tmp_path, "exclusive", "full", max_steps=2)
+    first = luthier.train(shared)
+    results = luthier.train([shared, exclusive], resume=True)
+    assert [result.status for result in results] == ["done", "done"]
+    assert results[0].result == first.result
+    again = luthier.train([shared, exclusive], resume=True)
+    assert [result.result for result in again] == [result.result for result in results]

@@ -157,7 +157,8 @@ class Run:
     def kept_result(self) -> RunResult | None:
         """The result of a run that was done before, or None where something is left to do."""
         values, result = self.folder.read_json("eval.json"), self.folder.read_json("result.json")
-        is_done = self.resumed and self.folder.state()["status"] == "done" and self.folder.adapter.exists()
+        has_weights = self.folder.adapter.exists() or self.folder.model.exists()
+        is_done = self.resumed and self.folder.state()["status"] == "done" and has_weights
         # The card is written last.
         if not is_done or values is None or result is None or not (self.folder.path / "README.md").exists():
             return None

@@ -68,8 +68,7 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
             results = train_together(shared, resume=resume, progress=progress, children=children)
         else:
             results = []
-            with interrupts() as asked:
-                _attend(children, asked)
+            _attend(children)
     except BaseException:
         children.stop()
         raise
@@ -89,6 +88,7 @@ def train_together(
     kept = [result for run in runs if (result := run.kept_result()) is not None]
     if len(kept) == len(runs):
         progress.note("nothing is left to do: " + ("this run is" if len(runs) == 1 else "these runs are") + " done")
+        _attend(children)
         return kept
     progress.stage("Loading the base")
     base = load_placed(placement, max((r.compute.threads or 0 for r in recipes), default=0) or None)
@@ -99,6 +99,8 @@ def train_exclusive(recipe: Recipe, *, resume: bool, progress: Progress) -> RunR
     """Train one exclusive recipe in this process, on a base of its own; errors as `train`."""
     placement = placement_of(recipe, progress.note)
     run = Run.begin(recipe, placement.folder, progress, resume=resume)
+    if (kept := run.kept_result()) is not None:
+        return kept
     progress.stage(f"Loading a base for {recipe.output}")
     base = load_own_placed(placement, run.exclusive_spec(), recipe.train.seed, recipe.compute.threads)
     return _train_on(base, [run], progress)[0]
@@ -123,9 +125,7 @@ def _train_on(base: Base, runs: list[Run], progress: Progress, children: Childre
         _loop(engine, runs, progress, asked, children)
     progress.stage("Judging the tuned model" + ("s" if len(runs) > 1 else ""))
     results = [run.finish(peak_memory_bytes(base.device), device_name(base)) for run in runs]
-    if children is not None:
-        with interrupts() as asked:
-            _attend(children, asked)
+    _attend(children)
     return results
 
 
@@ -149,14 +149,15 @@ def _loop(engine: Engine, runs: list[Run], progress: Progress, asked: list[int],
             children.poll()
 
 
-def _attend(children: Children, asked: list[int]) -> None:
-    """Nothing trains here any more: watch the children until the last has ended."""
-    while children.has_work:
-        if asked:
-            raise KeyboardInterrupt
-        children.poll()
-        children.admit(available_bytes(torch.device("cpu")), beside_others=False)
-        time.sleep(POLL_SECONDS)
+def _attend(children: Children | None) -> None:
+    """Nothing trains here any more: watch the children, if there are any, until the last has ended."""
+    with interrupts() as asked:
+        while children is not None and children.has_work:
+            if asked:
+                raise KeyboardInterrupt
+            children.poll()
+            children.admit(available_bytes(torch.device("cpu")), beside_others=False)
+            time.sleep(POLL_SECONDS)
 
 
 def _need(recipe: Recipe, progress: Progress) -> int:
