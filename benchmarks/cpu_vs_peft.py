@@ -7,8 +7,7 @@ Three sides, each in a process of its own, one after another, `--repeats` times:
 - luthier: this engine.
 - peft: the usual loop, rows padded to the longest of the batch, loss from the model's own labels.
 - peft-best: the same made as good as it gets: rows sorted by length within a window of batches, and the output layer
-only
-  where there is loss (`logits_to_keep`). Its batches are therefore others than the first two sides'.
+  only where there is loss (`logits_to_keep`). Its batches are therefore others than the first two sides'.
 
 Prints a table of medians, the largest difference of the loss curves, and peak memory.
 """

@@ -36,7 +36,8 @@ class MemoryPlan:
         activations: What the largest joint forward keeps for its backward, with the output layer's chunk.
         tokens: Tokens in the largest joint forward.
         available: What the device has left for adapters, gradients, optimizer and activations; the base is loaded
-        already. per_token: Activations of one token.
+            already.
+        per_token: Activations of one token.
     """
 
     base: int
