@@ -99,11 +99,13 @@ class Batches:
     def add_answer(self, batch: str, line: int, answer: dict[str, Any], is_error: bool) -> None:
         """Keep one line's answer, once."""
         with self._database.writing() as session:
+            # The batch is locked before its line is added: adding takes a shared lock on the batch, and two writers
+            # that each hold one would wait for each other.
+            row = session.scalars(select(Batch).where(Batch.id == batch).with_for_update()).one()
             if session.get(BatchLine, (batch, line)) is not None:
                 return
             session.add(BatchLine(batch=batch, line=line, answer=answer, is_error=is_error))
             session.flush()
-            row = session.scalars(select(Batch).where(Batch.id == batch).with_for_update()).one()
             errors = session.scalar(select(func.count()).where(BatchLine.batch == batch, BatchLine.is_error.is_(True)))
             total = session.scalar(select(func.count()).where(BatchLine.batch == batch))
             row.counts = {**row.counts, "completed": int(total or 0) - int(errors or 0), "failed": int(errors or 0)}

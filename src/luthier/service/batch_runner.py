@@ -97,7 +97,10 @@ class BatchRunner:
                 answer, is_error = await self._answer(batch, line)
                 await run_in_threadpool(self._context.batches.add_answer, batch.id, at, answer, is_error)
 
-        await asyncio.gather(*(work() for _ in range(NUM_AT_ONCE)))
+        # A group, not gather: where one of them fails, the others end before the batch is given to another runner.
+        async with asyncio.TaskGroup() as group:
+            for _ in range(NUM_AT_ONCE):
+                group.create_task(work())
         if "lost" not in stopped:
             await run_in_threadpool(self._finish, batch, stopped[0] if stopped else "completed")
 
