@@ -224,7 +224,7 @@ def test_a_model_without_a_body_is_refused(tmp_path: Path) -> None:
 
 def test_a_linear_layer_that_is_fed_other_rows_is_refused(tiny_llama: Path) -> None:
     """As experts are, that see a selection of the tokens: whose slot is whose could not be told."""
-    base = load_base(tiny_llama)
+    base = load_base(tiny_llama, wants_fast_body=False)
     slot = base.bank.add(AdapterSpec(rank=2, targets=("down_proj",)), 0)
     mlp = base.model.model.layers[0].mlp
     original = mlp.forward

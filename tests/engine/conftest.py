@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from luthier.base.load import Base, load_base
 from luthier.engine.engine import Engine
@@ -29,6 +31,21 @@ def base(folder: Path) -> Base:
     base = load_base(folder, dtype="float64")
     assert base.is_packed, base.packing_problem
     return base
+
+
+@pytest.fixture
+def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' norms in float64 where the input is: by themselves they round to float32, whatever the input."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
+
+    def forward(norm: Any, hidden: Tensor) -> Tensor:
+        wide = hidden.double()
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        return norm.weight * normal.to(hidden.dtype)
+
+    for kind in (LlamaRMSNorm, Phi3RMSNorm):
+        monkeypatch.setattr(kind, "forward", forward)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from luthier.types import AdapterSpec, Example, TrainSpec
 
 MakeExamples = Callable[..., list[Example]]
 
+pytestmark = pytest.mark.usefixtures("wide_norms")
+
 
 def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-9) -> None:
     assert left.keys() == right.keys()
@@ -35,14 +37,19 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
         )
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["modules", "blocks"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_job_alone_equals_the_same_job_among_others(folder: Path, kind: int, make_examples: MakeExamples) -> None:
-    alone = Engine(load_base(folder, dtype="float64"))
+def test_a_job_alone_equals_the_same_job_among_others(
+    folder: Path, kind: int, fast: bool, make_examples: MakeExamples
+) -> None:
+    """With blocks, a job that they serve runs through them alone, and through the model's own modules in company."""
+    alone = Engine(load_base(folder, dtype="float64", wants_fast_body=fast))
     assert alone.base.is_packed, alone.base.packing_problem
+    assert (alone.base.fast_body is not None) == fast
     lonely = add_job(alone, kind, make_examples)
     lonely_curve = run_all(alone)[lonely.name]
 
-    together = Engine(load_base(folder, dtype="float64"))
+    together = Engine(load_base(folder, dtype="float64", wants_fast_body=fast))
     jobs = [add_job(together, other, make_examples) for other in KINDS]
     curve = run_all(together)[lonely.name]
 
@@ -52,12 +59,18 @@ def test_a_job_alone_equals_the_same_job_among_others(folder: Path, kind: int, m
     assert_close(adapter_of(jobs[kind]), adapter_of(lonely))
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["modules", "blocks"])
 @pytest.mark.parametrize("kind", UNDROPPED)
-def test_company_on_the_fused_path_changes_nothing(folder: Path, kind: int, make_examples: MakeExamples) -> None:
+def test_company_on_the_fused_path_changes_nothing(
+    folder: Path, kind: int, fast: bool, make_examples: MakeExamples
+) -> None:
     """The same without a neighbour that drops, so that all layers of one input and all slots run as one node."""
     adapters = []
-    for company in ([kind], UNDROPPED):
-        engine = Engine(load_base(folder, dtype="float64"))
+    others = UNDROPPED
+    if fast:
+        others = [other for other in UNDROPPED if (KINDS[other].method, KINDS[other].init) == ("lora", "default")]
+    for company in ([kind], [kind, *(other for other in others if other != kind)]):
+        engine = Engine(load_base(folder, dtype="float64", wants_fast_body=fast))
         jobs = {other: add_job(engine, other, make_examples, num=7) for other in company}
         run_all(engine)
         adapters.append(adapter_of(jobs[kind]))

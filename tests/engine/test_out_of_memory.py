@@ -112,7 +112,7 @@ def test_when_one_sequence_does_not_fit_the_error_surfaces(
         run_all(engine)
     assert room.num_refused < 20
     assert job.step == 0
-    assert all(parameter.grad is None for parameter in job.slot.parameters().values())
+    assert all(p.grad is None or not p.grad.any() for p in job.slot.parameters().values())
 
 
 def test_another_error_is_not_taken_for_it(

@@ -30,6 +30,7 @@ from luthier.engine.step import score
 from luthier.types import AdapterSpec, Example, TrainSpec
 
 MakeExamples = Callable[..., list[Example]]
+
 PAD = 2
 TRAIN = TrainSpec(
     epochs=3, batch_size=6, learning_rate=5e-3, weight_decay=0.1, micro_batch_tokens=70, max_grad_norm=0.25

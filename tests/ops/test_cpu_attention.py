@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.base.attention import window_mask
-from luthier.ops.cpu_attention import CpuAttention, serves
+from luthier.ops.cpu_attention import CpuAttention, Member, layout_of, make_layout, serves
 
 CASES = [
     ((5,), 4, 2, None),
@@ -32,7 +33,7 @@ def test_output_and_gradients_equal_those_of_each_sequence_alone(
 ) -> None:
     query, key, value = inputs(lengths, num_heads, num_keys, dtype)
     assert serves(query, lengths, window)
-    found = CpuAttention.apply(query, key, value, lengths, 0.3, window)
+    found = CpuAttention.apply(query, key, value, layout_of(lengths, num_heads, num_keys), 0.3, window)
     grad = torch.randn(found.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     found_grads = torch.autograd.grad(found, (query, key, value), grad)
     expected = alone(query, key, value, lengths, 0.3, window)
@@ -43,9 +44,34 @@ def test_output_and_gradients_equal_those_of_each_sequence_alone(
 
 def test_a_neighbour_does_not_change_a_short_sequence() -> None:
     query, key, value = inputs((20, 25, 3), 4, 2, torch.float64)
-    together = CpuAttention.apply(query, key, value, (20, 25, 3), 0.5, None)
-    by_itself = CpuAttention.apply(query[:20], key[:20], value[:20], (20,), 0.5, None)
+    together = CpuAttention.apply(query, key, value, layout_of((20, 25, 3), 4, 2), 0.5, None)
+    by_itself = CpuAttention.apply(query[:20], key[:20], value[:20], layout_of((20,), 4, 2), 0.5, None)
     torch.testing.assert_close(together[:20], by_itself, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("length", [30, 90])
+@pytest.mark.parametrize("window", [None, 9])
+def test_rows_that_sequences_share_equal_copies_of_them(length: int, window: int | None) -> None:
+    """Three sequences begin with the first one's rows; the last of them with the second one's too."""
+    if window is not None and length > 64:
+        pytest.skip("windows cut short sequences alone")
+    query, key, value = inputs((length, length, length), 4, 2, torch.float64)
+    flat = np.arange(3 * length)
+    second = np.concatenate([flat[:7], flat[length : 2 * length - 7]])
+    third = np.concatenate([second[:12], flat[2 * length - 7 : 3 * length - 19]])
+    members = [Member(flat[:length]), Member(second, 7), Member(third, 12)]
+    used = 3 * length - 19
+    grad = torch.randn(used, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = CpuAttention.apply(*(part[:used] for part in (query, key, value)), make_layout(members, 4, 2), 0.3, window)
+    found_grads = torch.autograd.grad(found, (query, key, value), grad)
+    own = torch.zeros(used, 4, 16, dtype=torch.float64)
+    for member in members:
+        rows = torch.from_numpy(member.rows_L)
+        out = alone(query[rows], key[rows], value[rows], (length,), 0.3, window)
+        own = own.index_copy(0, rows[member.num_shared :], out[member.num_shared :])
+    expected_grads = torch.autograd.grad(own, (query, key, value), grad)
+    for one, other in zip((found, *found_grads), (own, *expected_grads), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 def test_windows_that_cut_a_long_sequence_are_left_to_the_reference() -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from luthier.ops.cpu_attention import CpuAttention, serves
+from luthier.ops.cpu_attention import CpuAttention, layout_of, serves
 
 PACKED_ATTENTION = "luthier_packed"
 
@@ -102,8 +102,9 @@ def packed_attention(
         offsets = cu_seq_lens_q.tolist()
         lengths = tuple(end - start for start, end in pairwise(offsets))
         if is_causal and serves(query_1HTD, lengths, sliding_window):
-            parts = (part[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
-            out_THD = CpuAttention.apply(*parts, lengths, scale, sliding_window)  # type: ignore[no-untyped-call]
+            parts = [part[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD)]
+            layout = layout_of(lengths, parts[0].shape[1], parts[1].shape[1])
+            out_THD = CpuAttention.apply(*parts, layout, scale, sliding_window)  # type: ignore[no-untyped-call]
             return out_THD[None], None
         out_1HTD = _per_sequence(query_1HTD, key_1KTD, value_1KTD, offsets, scale, is_causal, sliding_window)
     return out_1HTD.transpose(1, 2), None

@@ -94,7 +94,7 @@ class Base:
         self.head_is_plain = False
         self.packing_problem = ""
         self.fast_body: FastBody | None = None
-        self.fast_body_problem = "it is chosen on a GPU alone"
+        self.fast_body_problem = "the model's own modules were asked for"
         findings = probe(self)
         self.is_packed, self.packing_problem = not findings.problem, findings.problem
         self.head_is_plain = findings.head_is_plain
@@ -105,9 +105,10 @@ class Base:
                 self.bank.group(names)
         if use_reference:
             self.fast_body_problem = "the plain reference was asked for"
-        elif wants_fast_body if wants_fast_body is not None else self.device.type == "cuda":
+        elif self.dtype != torch.float64 if wants_fast_body is None else wants_fast_body:
             self.fast_body, self.fast_body_problem = build_fast_body(self)
         self.bank.keeps_flat = self.fast_body is not None
+        self.config._attn_implementation = self._attention  # the probes' forwards do not restore it
         self.fp8_weights = settle_fp8(model)
 
     def _make_bank(self, use_reference: bool) -> Bank:
@@ -170,19 +171,23 @@ class Base:
             segments = _sequence_segments(batch.slots, batch.max_length)
         return Routing(segments, batch.target_segments, batch.draws, row_lengths, training)
 
-    def forward(self, batch: PackedBatch, *, keep: Tensor | None = None, cache: Any = None) -> Forward:
+    def forward(
+        self, batch: PackedBatch, *, keep: Tensor | None = None, cache: Any = None, only_scored: bool = False
+    ) -> Forward:
         """Run the batch. Call inside `bank.routed(...)`.
 
         Args:
+            only_scored: The caller reads hidden states at the batch's targets and classes alone; the others may hold
+                anything.
             keep: int64 [P], flat token indices whose logits the model's own head must compute where it is not plain.
             cache: The sampler's key-value cache (packed bases only).
         """
         self.classify_rotary(batch, cache)
         wants_logits = keep is not None and not self.head_is_plain
         if self.fast_body is not None and self.is_packed and cache is None and not wants_logits:
-            updates = self.fast_body.run_for(batch, self.bank.routing)
-            if updates is not None:
-                return Forward(self.fast_body.forward(batch, updates), None)
+            found = self.fast_body.slots_for(self.bank.routing)
+            if found is not None:
+                return Forward(self.fast_body.forward(batch, *found, only_scored=only_scored), None)
         inputs = self._packed_inputs(batch, cache) if self.is_packed else self._padded_inputs(batch)
         at_T = None if self.is_packed else self._padded_index(batch)
         # Not restored afterwards: a backward that recomputes blocks must meet the same attention.
@@ -330,7 +335,8 @@ def load_base(
         quantized_from: The type that weights are rounded to before they are quantized; None for `dtype`. With another
             it gives the weights that were trained over in that type, computed with in this one.
         use_reference: Compute everything by the plain paths.
-        wants_fast_body: Run the body by its fast blocks where a probe allows; by default on a GPU alone.
+        wants_fast_body: Run the body by its fast blocks where a probe allows. By default in all but float64, which is
+            for comparisons with transformers, whose norms round it to float32.
 
     Raises:
         ModelError: when the folder holds no such model.

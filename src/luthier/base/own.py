@@ -62,7 +62,9 @@ class OwnBase(Base):
         stepped = {id(parameter) for parameter in self.slot.trained.values()}
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in stepped)
 
-    def forward(self, batch: PackedBatch, *, keep: Tensor | None = None, cache: Any = None) -> Forward:
+    def forward(
+        self, batch: PackedBatch, *, keep: Tensor | None = None, cache: Any = None, only_scored: bool = False
+    ) -> Forward:
         """As `Base.forward`; a batch belongs to the job as a whole, or asks the base as it was as a whole.
 
         Raises:
@@ -74,7 +76,7 @@ class OwnBase(Base):
         is_tuned = BASE_SLOT not in slots or not self._is_ready  # the probe must see what will train
         self._serve(is_tuned, training=self.bank.routing.training)
         with self._random(batch):
-            return super().forward(batch, keep=keep, cache=cache)
+            return super().forward(batch, keep=keep, cache=cache, only_scored=only_scored)
 
     def _serve(self, is_tuned: bool, *, training: bool) -> None:
         """Make the model the tuned one, or its base. It stays so: a backward that recomputes must meet the same."""

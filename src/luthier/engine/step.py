@@ -132,13 +132,13 @@ def class_probabilities(base: Base, batch: PackedBatch) -> Tensor:
     if slot is None or slot.head is None:
         raise ValueError("class probabilities are of one slot with a sequence head")
     with base.bank.routed(base.routing(batch, training=False)):
-        hidden_TD = base.forward(batch, keep=None).hidden_TD
+        hidden_TD = base.forward(batch, only_scored=True).hidden_TD
     return class_logits(hidden_TD[batch.class_at_C], slot.head.weight).softmax(dim=-1)
 
 
 def _scores(base: Base, batch: PackedBatch) -> tuple[TokenScores | None, tuple[TokenScores, Tensor] | None]:
     has_tokens = batch.target_at_P.numel() > 0
-    result = base.forward(batch, keep=batch.target_at_P if has_tokens else None)
+    result = base.forward(batch, keep=batch.target_at_P if has_tokens else None, only_scored=True)
     tokens = _token_scores(base, batch, result) if has_tokens else None
     classes = _class_scores(base, batch, result) if batch.class_at_C.numel() > 0 else None
     return tokens, classes

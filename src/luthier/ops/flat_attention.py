@@ -32,12 +32,25 @@ class Sequences:
         offsets_N1: int32, their bounds, on the device.
         longest: Most tokens of one, or more.
         is_even: Whether all have `longest` tokens, as cuDNN's kernel needs.
+        members: Which rows each has, where some have rows in common (on a CPU alone); None where they stand one after
+            another.
     """
 
     lengths: tuple[int, ...]
     offsets_N1: Tensor
     longest: int
     is_even: bool = field(default=False)
+    members: tuple[cpu_attention.Member, ...] | None = field(default=None)
+    _layouts: dict[tuple[int, int], cpu_attention.Layout] = field(default_factory=dict, init=False, repr=False)
+
+    def cpu_layout(self, num_heads: int, num_keys: int) -> cpu_attention.Layout:
+        """How `cpu_attention` runs them; made once for all layers."""
+        if self.members is None:
+            return cpu_attention.layout_of(self.lengths, num_heads, num_keys)
+        key = num_heads, num_keys
+        if key not in self._layouts:
+            self._layouts[key] = cpu_attention.make_layout(self.members, *key)
+        return self._layouts[key]
 
 
 def attend(
@@ -46,7 +59,8 @@ def attend(
     """The output [T, H, D], contiguous, and what the backward needs besides inputs and output."""
     if not (query_THD.is_cuda and query_THD.dtype in (torch.bfloat16, torch.float16)):
         if cpu_attention.serves(query_THD, sequences.lengths, window):
-            return cpu_attention.attend_on_cpu(query_THD, key_TKD, value_TKD, sequences.lengths, scale, window)
+            layout = sequences.cpu_layout(query_THD.shape[1], key_TKD.shape[1])
+            return cpu_attention.attend_on_cpu(query_THD, key_TKD, value_TKD, layout, scale, window)
         return _plain(query_THD, key_TKD, value_TKD, sequences, scale, window), ()
     if _takes_cudnn(query_THD, key_TKD, sequences, window):
         out, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
@@ -71,8 +85,9 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, each [T, heads, D] and contiguous."""
     if cpu_attention.serves(query_THD, sequences.lengths, window):
+        layout = sequences.cpu_layout(query_THD.shape[1], key_TKD.shape[1])
         return cpu_attention.attend_on_cpu_backward(
-            grad_THD, query_THD, key_TKD, value_TKD, out_THD, saved, sequences.lengths, scale, window
+            grad_THD, query_THD, key_TKD, value_TKD, out_THD, saved, layout, scale, window
         )
     if not saved:
         return _plain_backward(grad_THD, query_THD, key_TKD, value_TKD, sequences, scale, window)

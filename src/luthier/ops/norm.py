@@ -5,8 +5,8 @@ Shapes: T rows, D features.
     y = w * x / sqrt(mean(x^2) + eps)
     dx = (g w - n mean(g w n)) / sqrt(mean(x^2) + eps),    n = x / sqrt(mean(x^2) + eps)
 
-As in transformers, the normalization runs in float32 whatever the input's dtype, and its result is rounded to that
-dtype before the weight multiplies it.
+As in transformers, the normalization runs in float32 for an input of fewer bits, and its result is rounded to the
+input's dtype before the weight multiplies it. float64 stays float64, where transformers rounds to float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from luthier.ops.capability import runs_kernels
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normalized rows, and each row's inverse root mean square (float32) for the backward."""
+    """The normalized rows, and each row's inverse root mean square (float32 or wider) for the backward."""
     if runs_kernels(x_TD):
         from luthier.ops.kernels import norm
 
@@ -41,7 +41,7 @@ def rms_norm_backward_(
 
 
 def rms_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide_TD = x_TD.to(torch.float32)
+    wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     inverse_T = torch.rsqrt(wide_TD.pow(2).mean(dim=-1) + eps)
     return weight_D * (wide_TD * inverse_T[:, None]).to(x_TD.dtype), inverse_T
 
