@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from luthier.base.folder import RESULT_MODEL
 from luthier.base.identity import weights_identity
@@ -23,32 +20,26 @@ from luthier.checkpoints.checkpoint import (
     step_of,
 )
 from luthier.checkpoints.own_files import write_result
-from luthier.checkpoints.peft_format import check_writable, slot_from_adapter
+from luthier.checkpoints.peft_format import check_writable
 from luthier.checkpoints.slot_files import read_slot, write_slot
 from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob, total_steps
 from luthier.engine.own import OwnSlot
-from luthier.engine.pack import BASE_SLOT
 from luthier.engine.slot import Slot
-from luthier.errors import ModelError, RecipeError, RunError
+from luthier.errors import ModelError, RunError
 from luthier.evaluate.card import write_card
-from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.evaluate.report import write_report
-from luthier.files import atomic_folder, write_text
+from luthier.files import atomic_folder
 from luthier.methods.config import exclusive_spec
-from luthier.methods.peft.layer import PeftBase
-from luthier.methods.registry import METHODS
 from luthier.recipe import Recipe
-from luthier.types import AdapterSpec, ExclusiveSpec
-from luthier.worker.budget import JudgingBudget, choose_budget
-from luthier.worker.judge import SCORE_TOKENS, Judge, examples_of_rows, mean_loss, predictions, score_examples
+from luthier.types import ExclusiveSpec
+from luthier.worker.judge import SCORE_TOKENS
+from luthier.worker.judging import Best, Judging, counted
 from luthier.worker.loading import adapter_spec, prepare_data, public_name
 from luthier.worker.progress import Progress
 from luthier.worker.run_folder import RunFolder
-
-SHARE_FOR_VALIDATION = 0.2
-"""Validation losses on the way may cost this share of the training."""
+from luthier.worker.start import started_own_slot, started_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +78,6 @@ class RunResult:
         }
 
 
-@dataclass(slots=True)
-class Best:
-    """The best validation loss so far, and how many evaluations have passed since."""
-
-    step: int = 0
-    loss: float | None = None
-    num_evaluations_since: int = 0
-
-    def take(self, step: int, loss: float) -> bool:
-        """Whether `loss` is the best so far."""
-        is_better = self.loss is None or loss < self.loss
-        if is_better:
-            self.step, self.loss, self.num_evaluations_since = step, loss, 0
-        else:
-            self.num_evaluations_since += 1
-        return is_better
-
-
 @dataclass
 class Run:
     """One recipe's run. Made by `Run.begin`; `admit` gives it a slot and a job on a base."""
@@ -117,10 +90,10 @@ class Run:
     resumed: bool
     job: TrainingJob = field(init=False)
     base: Base = field(init=False)
+    judging: Judging = field(init=False)
     best: Best = field(default_factory=Best)
     stopped_because: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, list[RowScore]] = field(default_factory=dict)
     score_tokens: int = SCORE_TOKENS
     """Most tokens in one forward while scoring."""
     between: Callable[[], None] | None = None
@@ -140,15 +113,14 @@ class Run:
             folder.check_same(recipe)
         else:
             folder = RunFolder.create(recipe)
-        started = time.perf_counter()
+        seconds: dict[str, float] = {}
         progress.stage(f"Checking the data of {recipe.output}")
-        data = prepare_data(recipe, renderer, folder.path / "data")
-        folder.write_json("data.json", data.report.to_json())
+        with counted(seconds, "data"):
+            data = prepare_data(recipe, renderer, folder.path / "data")
+            folder.write_json("data.json", data.report.to_json())
         for warning in data.report.warnings:
             progress.note(warning, "warning")
-        run = cls(recipe, folder, renderer, data, progress, resumed=resume and has_run)
-        run._count_seconds("data", started)
-        return run
+        return cls(recipe, folder, renderer, data, progress, resumed=resume and has_run, seconds=seconds)
 
     @property
     def name(self) -> str:
@@ -176,7 +148,7 @@ class Run:
         self.base = base
         checkpoint = latest_checkpoint(self.folder.checkpoints) if self.resumed else None
         if isinstance(base, OwnBase):
-            slot: Slot | OwnSlot = self._own_slot(base)
+            slot: Slot | OwnSlot = started_own_slot(base, self.recipe.start_from)
         else:
             slot = self._make_slot(base, fresh=checkpoint is None)
             check_writable(slot, base)
@@ -209,71 +181,13 @@ class Run:
         spec = adapter_spec(self.recipe, self.renderer, len(labels) or None)
         if self.recipe.start_from is None:
             return base.bank.add(spec, self.recipe.train.seed, fresh=fresh)
-        start = Path(self.recipe.start_from)
-        if spec.init != "default":
-            raise RecipeError(
-                f"method.init is {spec.init}, and start_from names an adapter, which has its values already",
-                "one of the two",
-                "set method.init: default, or leave start_from out",
-            )
-        slot = slot_from_adapter(
-            base,
-            start / "adapter" if (start / "adapter").exists() else start,
-            spec.dropout,
-            lora_plus_ratio=spec.lora_plus_ratio,
-        )
-        found, asked = _fit(slot.spec), _fit(spec)
-        if found != asked:
-            raise RecipeError(
-                f"start_from: {start} is {found}",
-                f"{asked}, as the recipe says",
-                "set method (and the task) to what the adapter has",
-            )
-        self._check_start(start, slot, spec)
-        return slot
-
-    def _check_start(self, start: Path, slot: Slot, spec: AdapterSpec) -> None:
-        """No part of the recipe's method is passed over in silence: the adapter has it, or the user hears of it."""
-        bank = self.base.bank
-        found: dict[str, set[Any]] = {
-            "modules_to_save": set(slot.saved_modules),
-            "new_tokens": set(slot.token_rows.ids_K.tolist()) if slot.token_rows is not None else set(),
-        }
-        wanted: dict[str, set[Any]] = {
-            "modules_to_save": set(bank.resolve_modules(spec.modules_to_save)),
-            "new_tokens": set(spec.new_tokens),
-        }
-        for name, has in found.items():
-            if has != wanted[name] and (name == "new_tokens" or wanted[name] - has):
-                raise RecipeError(
-                    f"start_from: {start} has {sorted(has) or 'none'} where method.{name} asks for "
-                    f"{sorted(wanted[name]) or 'none'}",
-                    "the modules and tokens that the adapter was trained with",
-                    f"set method.{name} as it was when the adapter was trained",
-                )
-        other = []
-        if (slot.spec.alpha, slot.spec.rank_stabilized) != (spec.alpha, spec.rank_stabilized):
-            other.append(f"alpha {slot.spec.alpha:g}{' (rank-stabilized)' if slot.spec.rank_stabilized else ''}")
-        if set(slot.adapters) != set(bank.resolve_targets(spec)):
-            other.append("targets " + ", ".join(sorted({name.rsplit(".", 1)[-1] for name in slot.adapters})))
-        if found["modules_to_save"] != wanted["modules_to_save"]:
-            other.append("modules_to_save " + ", ".join(sorted(slot.saved_modules)))
-        if other:
-            text = "; ".join(other)
-            self.progress.note(f"{self.name} goes on with what {start} has, not the recipe: {text}", "warning")
+        return started_slot(base, self.recipe.start_from, spec, self.name, self.progress)
 
     def exclusive_spec(self) -> ExclusiveSpec:
         """What an exclusive method does, with what the data and the schedule add."""
         steps = total_steps(len(self.data.train), self.recipe.train.spec())
         labels = self.data.task.labels
         return replace(exclusive_spec(self.recipe.method), num_classes=len(labels) or None, total_steps=steps)
-
-    def _own_slot(self, base: OwnBase) -> OwnSlot:
-        if self.recipe.start_from is not None:
-            assert isinstance(base, PeftBase), "own weights go on from a base, as was said before loading"
-            start = Path(self.recipe.start_from)
-            base.start_from(start / "adapter" if (start / "adapter").exists() else start)
-        return base.slot
 
     def _check_base(self, extra: dict[str, Any]) -> None:
         now = self._base_identity()
@@ -318,68 +232,24 @@ class Run:
             ],
         )
 
-    # -- judging
-
     def plan_judging(self) -> None:
         """Choose the held-out rows for the judgement and for the losses on the way."""
-        settings, spec = self.recipe.evaluation, self.recipe.train
-        held_out = self.data.validation
-        lengths = held_out.num_tokens if held_out is not None else np.zeros(0)
-        num_rows = len(self.data.validation_records) if self.data.validation_records is not None else 0
-        epochs = self.job.total_steps / self.job.steps_per_epoch
-        self.train_tokens = float(self.data.train.num_tokens.sum()) * epochs
-        row_tokens = float(lengths.sum()) / max(1, num_rows)
-        budget = choose_budget(
-            num_held_out=num_rows,
-            train_tokens=self.train_tokens,
-            row_tokens=row_tokens,
-            reply_tokens=min(settings.max_new_tokens, row_tokens),
-            num_models=2 + (settings.shots > 0),
-            rows=settings.rows,
-            generate_rows=settings.generate_rows,
-            generates=settings.generate,
-        )
-        if num_rows == 0:
-            budget = JudgingBudget(0, 0)
-        self.judge = Judge(
-            self.base,
+        self.judging = Judging(
+            self.recipe,
+            self.folder,
             self.renderer,
             self.data,
-            budget,
-            max_new_tokens=settings.max_new_tokens,
-            seed=spec.seed,
-            on_rows=lambda what, done, total: self.progress.evaluation(self.name, what, done, total),
+            self.progress,
+            self.seconds,
+            self.base,
+            self.job,
             score_tokens=self.score_tokens,
             between=self.between,
         )
-        self.evaluate_every = settings.every or max(1, self.job.steps_per_epoch // 2)
-        num_evaluations = max(1, self.job.total_steps // self.evaluate_every)
-        allowance = SHARE_FOR_VALIDATION * 2.0 * self.train_tokens / num_evaluations
-        most = max(1, int(allowance / max(1.0, row_tokens)))
-        rows: set[int] = set()
-        if self.data.validation_records is not None:
-            rows = {int(self.data.validation_records.rows[i]) for i in self.judge.at[:most]}
-        self.validation = examples_of_rows(held_out, rows) if held_out is not None and rows else []
 
     def judge_base(self) -> None:
         """Judge the base before training, once; a resumed run remembers."""
-        if not self.judge.at:
-            return
-        # A head has no untrained counterpart in the base: what it gives before training stands for it.
-        slot = self.job.slot.index if self.job.slot.head is not None else BASE_SLOT
-        self._judge("base", slot)
-        shots = self.recipe.evaluation.shots
-        if shots and self.data.task.generates and self.judge.generated_at:
-            self._judge(f"base_{shots}_shot", BASE_SLOT, shots)
-
-    def _judge(self, who: str, slot: int, num_shots: int = 0) -> None:
-        started = time.perf_counter()
-        kept = self.folder.read_scores(who)
-        if kept is None:
-            kept = self.judge.scores(slot, who.replace("_", " "), num_shots)
-            self.folder.write_scores(who, kept)
-        self.scores[who] = kept
-        self._count_seconds("judging", started)
+        self.judging.judge_base()
 
     # -- while training
 
@@ -401,19 +271,16 @@ class Run:
         )
         self.progress.step(self.name, report.step, report.loss, rate, report.learning_rate)
         is_last = not self.job.is_active
-        if self.validation and (is_last or report.step % self.evaluate_every == 0):
-            self._validate(report.step)
-        every = self.recipe.train.checkpoint_every or self.evaluate_every
+        if self.judging.validation and (is_last or report.step % self.judging.evaluate_every == 0):
+            with counted(self.seconds, "validation"):
+                self._validate(report.step)
+        every = self.recipe.train.checkpoint_every or self.judging.evaluate_every
         if is_last or self.best.step == report.step or report.step % every == 0 or self.stopped_because:
             self.save()
 
     def _validate(self, step: int) -> None:
-        started = time.perf_counter()
-        between = self.between
-        on_done = (lambda done: None) if between is None else (lambda done: between())
-        values = mean_loss(score_examples(self.base, self.validation, self.job.slot.index, on_done, self.score_tokens))
+        values = self.judging.validate(step)
         self.last_validation = {"step": step, **values}
-        self.folder.append_metric(kind="evaluation", step=step, **values)
         self.best.take(step, values["loss"])
         patience = self.recipe.train.early_stopping
         if patience is not None and self.best.num_evaluations_since >= patience and self.job.is_active:
@@ -422,7 +289,6 @@ class Run:
                 f"at step {self.best.step}"
             )
             self.job.state = "stopped"
-        self._count_seconds("validation", started)
 
     def save(self) -> None:
         """Save a checkpoint of the last whole step, unless there is one; keep the last and the best."""
@@ -456,13 +322,9 @@ class Run:
         """Keep the best, write the adapter, judge it, and write everything that people read."""
         kept_step = self._keep_best()
         self._write_result()
-        if self.job.state != "failed" and self.judge.at:
-            (self.folder.path / "scores" / "tuned.json").unlink(missing_ok=True)
-            self._judge("tuned", self.job.slot.index)
-        values = evaluation(self.scores) if self.scores else {"num_rows": 0, "base": {}, "tuned": {}}
-        self.folder.write_json("eval.json", values)
-        lines = predictions(self.scores, self.judge.prompt_texts(), self.data.task.labels)
-        write_text(self.folder.path / "predictions.jsonl", _json_lines(lines))
+        if self.job.state != "failed":
+            self.judging.judge_tuned()
+        values = self.judging.write()
         result = self._result(kept_step, peak_memory_bytes, device)
         self.folder.write_json("result.json", result)
         status = "failed" if self.job.state == "failed" else "done"
@@ -531,18 +393,3 @@ class Run:
             "base_dtype": str(self.base.dtype).removeprefix("torch."),
             "data_sha256": self.data.data_hash,
         }
-
-    def _count_seconds(self, phase: str, started: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-
-def _json_lines(lines: list[dict[str, Any]]) -> str:
-    import json
-
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def _fit(spec: AdapterSpec) -> str:
-    """What an adapter must have in common with the recipe that goes on from it."""
-    size = METHODS[spec.method].describe(replace(spec, lora_plus_ratio=1.0))  # how it learns may change
-    return ", ".join(part for part in (spec.method, size, f"{spec.num_classes or 'no'} classes") if part)
