@@ -64,9 +64,6 @@ SLOTS: dict[str, list[tuple[str, str]]] = {
     "dur": MINUTES,
 }
 
-# The slots that hold what the home lacks.
-LACKING = {"gadget", "hatch"}
-
 
 class Wording(NamedTuple):
     """One hand-written sentence and the reply that belongs to it, both with slots."""
@@ -152,18 +149,9 @@ def rows(split: str) -> Iterator[dict[str, Any]]:
     deck = Deck(generator)
     made: dict[str, dict[str, Any]] = {}
     for wording in read_wordings(HERE / "wordings" / f"{split}.txt"):
-        for _ in range(_num_rows(wording, split)):
-            row = fill(wording, deck)
-            made.setdefault(row["messages"][1]["content"], row)
+        row = fill(wording, deck)
+        made.setdefault(row["messages"][1]["content"], row)
     yield from sorted(made.values(), key=lambda _: generator.random())
-
-
-def _num_rows(wording: Wording, split: str) -> int:
-    """How often a wording is filled: a held-out one once; a training one two or three times, if it says something."""
-    slots = set(re.findall(r"{([a-z]+)", wording.request.lower()))
-    if split == "test" or not slots or (wording.reply == REFUSAL and not slots & LACKING):
-        return 1
-    return 3 if "; " in wording.reply or len(slots) > 2 else 2
 
 
 def text(split: str) -> str:
