@@ -8,11 +8,13 @@
 #   make clean        remove the environment and caches; runs/ and the fetched bases stay
 #
 # Variables: PYTHON (python3), TORCH (torch==2.13.0; `make setup TORCH=torch` takes the newest), RUN (the quickstart's
-# run folder; by default runs/quickstart, or the first free runs/quickstart-N).
+# run folder; by default runs/quickstart, or the first free runs/quickstart-N), WORKERS (processes that share the tests;
+# by default one a core, and eight at most).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN ?=
+WORKERS ?= logical
 
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -40,11 +42,14 @@ $(STAMP): pyproject.toml Makefile
 quickstart: $(STAMP)
 	@BIN=$(BIN) sh examples/smart_home/quickstart.sh $(RUN)
 
+# A thread a worker: threads of several workers on the same cores would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(PYTEST) -m "not gpu"
 
 test-fast: $(STAMP)
-	@$(BIN)/python -m pytest -m "not gpu and not real"
+	@$(PYTEST) -m "not gpu and not real"
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
