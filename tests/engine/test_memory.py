@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,20 @@ def test_measuring_changes_nothing(tiny_llama: Path) -> None:
     assert all(torch.equal(before[name], p) for name, p in slot.parameters().items())
     assert all(p.grad is None for p in slot.parameters().values())
     assert base.bank.routing.segments == ()
+
+
+def test_measuring_leaves_nothing_behind(tiny_llama: Path) -> None:
+    """Nodes that hold themselves are never freed, and with them all that a forward keeps."""
+
+    def num_nodes() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.autograd.function.BackwardCFunction) for thing in gc.get_objects())
+
+    base = load_base(tiny_llama)
+    slot = base.bank.add(AdapterSpec(rank=2), 0)
+    before = num_nodes()
+    activation_bytes_per_token(base, slot)
+    assert num_nodes() == before
 
 
 def test_recomputation_keeps_far_less(tmp_path: Path) -> None:

@@ -99,12 +99,14 @@ def _kept_bytes(base: Base, slot: Slot | OwnSlot, num_tokens: int) -> int:
         if storage.data_ptr() not in weights | own:
             kept[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
             held.append(tensor)  # keeps the storage's address from being given to another tensor
-        return tensor
+        # Detached: a node that keeps its own output would hold itself, and what it keeps, for good.
+        return tensor.detach()
 
     example = Example(np.zeros(num_tokens, dtype=np.int32), np.zeros(num_tokens, dtype=np.float32))
     batch = pack([PackItem(example, slot.index)], base.device)
     with base.bank.routed(base.routing(batch, training=True)), torch.autograd.graph.saved_tensors_hooks(count, _same):
         base.forward(batch)
+    held.clear()  # the graph holds the hook, and the hook this list
     return sum(kept.values())
 
 
