@@ -159,13 +159,18 @@ class RecordedRun:
 
     def public(self, message: str) -> str:
         """A message without places of this machine in it."""
-        return message.replace(f"{self.folder}/run", "the job").replace(f"{self.folder}/", "")
+        return public(message, self.folder)
 
     def _aside(self, folder: Path, prefix: str) -> SavedFiles:
         # Not under the job's folder: a copy goes on after the job has been dropped.
         target = self.folder.parent.parent / "outgoing" / secrets.token_hex(8)
         shutil.copytree(folder, target, copy_function=_link)
         return SavedFiles(target, prefix)
+
+
+def public(message: str, folder: Path) -> str:
+    """A message about a job whose files lie in `folder`, without places of this machine in it."""
+    return message.replace(f"{folder}/run", "the job").replace(f"{folder}/", "")
 
 
 def _recipe(claimed: ClaimedJob, blobs: Blobs, folder: Path, source: str) -> Recipe:
