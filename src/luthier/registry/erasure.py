@@ -34,7 +34,8 @@ def erase_tenant(database: Database, blobs: Blobs, tenant: str) -> None:
         InvalidRequestError: while a worker holds one of its jobs: cancel them first.
     """
     with database.writing() as session:
-        row = session.scalar(select(Tenant).where((Tenant.id == tenant) | (Tenant.name == tenant)))
+        # Locked against whatever would come to name the tenant while its things are deleted.
+        row = session.scalar(select(Tenant).where((Tenant.id == tenant) | (Tenant.name == tenant)).with_for_update())
         if row is None:
             raise missing("tenant", tenant, "tenant")
         now = database.now(session)

@@ -62,8 +62,8 @@ class JobRecord:
     def fail(self, claim: Claim, code: str, message: str) -> None:
         self._recorder.put(claim.job, lambda: self._record.fail(claim, code, message))
 
-    def release(self, claim: Claim) -> None:
-        self._recorder.put(claim.job, lambda: self._record.release(claim))
+    def release(self, claim: Claim, *, is_loss: bool = False) -> None:
+        self._recorder.put(claim.job, lambda: self._record.release(claim, is_loss=is_loss))
 
     def refuse(self, claim: Claim, folder: Path, error: Exception) -> None:
         """The job cannot begin: say why, without places of this machine, and forget its files.

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.base.load import Base
-from luthier.data.template import Renderer
 from luthier.registry.seam import SampleEvent, SampleRequest
 from luthier.worker.adapters import AdapterFolders, ServedSlots
 from luthier.worker.inbox import Inbox
 from luthier.worker.predict import predict
 from luthier.worker.replies import Replies, Task, TaskMaker
+from luthier.worker.resident import Resident
 
 PREDICT_SECONDS = 600.0
 
@@ -33,21 +32,14 @@ class ReplyDesk:
     """Implements `luthier.worker.endpoint.Desk`: requests are prepared here and answered in the inbox's thread."""
 
     def __init__(
-        self,
-        base: Base,
-        renderer: Renderer,
-        replies: Replies,
-        slots: ServedSlots,
-        folders: AdapterFolders,
-        inbox: Inbox,
+        self, resident: Resident, replies: Replies, slots: ServedSlots, folders: AdapterFolders, inbox: Inbox
     ) -> None:
-        self._base = base
-        self._renderer = renderer
+        self._resident = resident
         self._replies = replies
         self._slots = slots
         self._folders = folders
         self._inbox = inbox
-        self._maker = TaskMaker(renderer, folders, base.vocabulary_size)
+        self._maker = TaskMaker(resident.renderer, folders, resident.base.vocabulary_size)
 
     @property
     def num_open(self) -> int:
@@ -59,17 +51,24 @@ class ReplyDesk:
     def submit(self, task: Task) -> None:
         self._inbox.put(Begin(self._replies, task))
 
-    def predict(self, adapter: str, texts: list[str]) -> dict[str, Any]:
-        folder, own = self._folders.fetch(adapter)
+    def predict(self, adapter: str | None, texts: list[str]) -> dict[str, Any]:
+        resident = self._resident
+        fetched = None if adapter is None else self._folders.fetch(adapter)
         done: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+
+        def answer() -> dict[str, Any]:
+            if adapter is None or fetched is None:
+                return predict(resident.base, resident.home_slot(), resident.renderer, resident.folder, texts)
+            folder, own = fetched
+            slot = self._slots.borrow(adapter, folder)
+            try:
+                return predict(resident.base, slot, own or resident.renderer, folder, texts)
+            finally:
+                self._slots.give_back(adapter)
 
         def work() -> None:
             try:
-                slot = self._slots.borrow(adapter, folder)
-                try:
-                    done.set_result(predict(self._base, slot, own or self._renderer, folder, texts))
-                finally:
-                    self._slots.give_back(adapter)
+                done.set_result(answer())
             except Exception as error:
                 done.set_exception(error)
 

@@ -23,6 +23,7 @@ class ResidentJobs:
     Args:
         slots: Take a snapshot of each checkpoint, so that it answers at once.
         breathe: Called between the forwards of an evaluation.
+        reserved_bytes: What others on this machine are about to take of the memory that is free now.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class ResidentJobs:
         record: JobRecord,
         slots: ServedSlots,
         breathe: Callable[[], None],
+        reserved_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._base = base
         self._options = options
         self._record = record
         self._slots = slots
         self._breathe = breathe
+        self._reserved_bytes = reserved_bytes
         self._engine = Engine(base, options.step_tokens, lead_tokens=2.0 * options.step_tokens)
         self._runs: dict[str, RecordedRun] = {}
         self._max = options.max_jobs
@@ -91,7 +94,7 @@ class ResidentJobs:
             if job.step == 0
             for parameter in job.slot.parameters().values()
         )
-        return plan.needed + int(share * waiting) <= plan.available
+        return plan.needed + int(share * waiting) <= plan.available - self._reserved_bytes()
 
     def _turn_away(self, run: RecordedRun) -> None:
         """There is no memory for this job now: others finish first, or it never fits."""

@@ -16,20 +16,20 @@ import signal
 import threading
 import time
 
-from luthier.data.template import Renderer
-from luthier.recipe import Recipe
+from luthier.engine.memory import available_bytes
 from luthier.registry.seam import ClaimedJob, Wish, WorkerCard, WorkRecord
 from luthier.store.blobs import Blobs
 from luthier.worker.adapters import AdapterFolders, ServedSlots
+from luthier.worker.child_jobs import ChildJob, ChildJobs
 from luthier.worker.endpoint import Endpoint
 from luthier.worker.heartbeat import Heartbeat
 from luthier.worker.inbox import Inbox
 from luthier.worker.job_record import JobRecord
-from luthier.worker.loading import load_placed, placement_of
-from luthier.worker.recorded_run import RecordedRun
+from luthier.worker.recorded_run import JobFiles, RecordedRun
 from luthier.worker.recorder import Recorder
 from luthier.worker.replies import Replies
 from luthier.worker.reply_desk import Begin, ReplyDesk
+from luthier.worker.resident import load_resident
 from luthier.worker.resident_jobs import ResidentJobs
 from luthier.worker.worker_options import WorkerOptions
 
@@ -54,6 +54,7 @@ class ServiceWorker:
         self._inbox = Inbox()
         self._preparing: set[str] = set()
         self._is_stopping = threading.Event()
+        self._is_over = threading.Event()
         self._in_between = False
         shutil.rmtree(options.scratch, ignore_errors=True)
         options.scratch.mkdir(parents=True)
@@ -67,17 +68,17 @@ class ServiceWorker:
         secret = secrets.token_hex(24)
         endpoint = Endpoint(self._desk, secret, options.host, options.port)
         address = options.address or f"http://{options.host}:{endpoint.port}"
-        self._record.register(WorkerCard(self._id, options.base, address, secret), options.lease_seconds)
+        self._record.register(WorkerCard(self._id, options.held_base, address, secret), options.lease_seconds)
         Heartbeat(
             self._record,
             self._id,
             options.lease_seconds,
-            room=lambda: self._jobs.room - len(self._preparing),
+            room=self._room,
             on_wish=self._on_wish,
             on_claimed=self._on_claimed,
-            is_over=self._is_stopping,
+            is_over=self._is_over,
         ).start()
-        logger.info("worker ready", extra={"worker": self._id, "base": options.base})
+        logger.info("worker ready", extra={"worker": self._id, "base": str(options.held_base)})
         try:
             while not self._is_stopping.is_set() and not self._is_idle():
                 self._turn()
@@ -92,19 +93,28 @@ class ServiceWorker:
     def _load(self) -> None:
         """Load the base and put the parts together."""
         options = self._options
-        placement = placement_of(Recipe.model_validate({"base": options.source, "data": {"train": "-"}}))
-        self._base_folder = placement.folder
-        base, renderer = load_placed(placement, options.threads), Renderer.load(placement.folder)
+        self._resident = resident = load_resident(options, self._blobs)
+        base = resident.base
         self._slots = ServedSlots(base, options.max_slots)
-        self._replies = Replies(base, renderer, self._slots, options.step_tokens)
+        self._replies = Replies(base, resident.renderer, self._slots, options.step_tokens, resident.home)
         folders = AdapterFolders(self._blobs, options.scratch / "adapters")
-        self._desk = ReplyDesk(base, renderer, self._replies, self._slots, folders, self._inbox)
+        self._desk = ReplyDesk(resident, self._replies, self._slots, folders, self._inbox)
         self._recorder = Recorder(
-            lambda job: self._inbox.put(lambda: self._jobs.drop(job)),
+            lambda job: self._inbox.put(lambda: self._drop(job)),
             lambda job, error: self._inbox.put(lambda: self._give_up(job, error)),
         )
         self._told = JobRecord(self._record, self._blobs, self._recorder, self._on_wish)
-        self._jobs = ResidentJobs(base, options, self._told, self._slots, self._breathe)
+        self._children = ChildJobs(
+            self._told,
+            resident.folder,
+            options.step_tokens,
+            options.threads,
+            free_bytes=lambda: available_bytes(base.device),
+            is_alone=lambda: not len(self._jobs),
+        )
+        self._jobs = ResidentJobs(
+            base, options, self._told, self._slots, self._breathe, lambda: self._children.bytes_to_come
+        )
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
     def _wind_up(self, endpoint: Endpoint) -> None:
@@ -112,14 +122,22 @@ class ServiceWorker:
         self._replies.end_all("the worker is shutting down; send the request again")
         endpoint.close()
         self._jobs.pause_all()
+        self._children.stop_all(SHUTDOWN_SECONDS)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._recorder.close(SHUTDOWN_SECONDS)
+        self._is_over.set()  # until now the heartbeat has held the leases of what was being saved
         self._record.leave(self._id)
         shutil.rmtree(self._options.scratch, ignore_errors=True)
 
     def _is_idle(self) -> bool:
         limit = self._options.idle_seconds
-        is_busy = len(self._jobs) or self._preparing or self._replies.has_work or not self._inbox.is_empty
+        is_busy = (
+            len(self._jobs)
+            or len(self._children)
+            or self._preparing
+            or self._replies.has_work
+            or not self._inbox.is_empty
+        )
         last_used_at = max(self._replies.last_used_at, self._jobs.last_left_at)
         return limit is not None and not is_busy and time.monotonic() - last_used_at > limit
 
@@ -129,6 +147,7 @@ class ServiceWorker:
         self._inbox.take_all()
         spent = self._jobs.train() if self._jobs.has_work and not self._recorder.is_behind else 0.0
         self._jobs.finish_ended()
+        self._children.poll()
         deadline = time.monotonic() + spent * REPLY_SECONDS_PER_TRAINING_SECOND
         while self._replies.has_work:
             self._replies.step()
@@ -151,38 +170,59 @@ class ServiceWorker:
 
     # -- jobs come, from the heartbeat's thread and the preparing one
 
+    def _room(self) -> int:
+        """How many more jobs may come: none to one that is ending."""
+        if self._is_stopping.is_set():
+            return 0
+        return self._jobs.room - len(self._children) - len(self._preparing)
+
     def _on_claimed(self, claimed: ClaimedJob) -> None:
         self._preparing.add(claimed.claim.job)
         self._pool.submit(self._prepare, claimed)
 
     def _prepare(self, claimed: ClaimedJob) -> None:
-        """In the preparing thread: files, data, checkpoint."""
-        options = self._options
+        """In the preparing thread: files, data, checkpoint. The process of an exclusive job sees to its data itself."""
         try:
-            run = RecordedRun.prepare(claimed, self._blobs, options.scratch, options.source, self._base_folder)
+            files = JobFiles.fetch(claimed, self._blobs, self._options.scratch, self._resident.source)
+            job: RecordedRun | ChildJob
+            if files.recipe.method.runs == "exclusive":
+                job = ChildJob.prepare(files)
+            else:
+                job = RecordedRun.begin(files, self._resident.folder)
         except Exception as problem:
             error = problem
             self._inbox.put(lambda: self._refuse(claimed, error))
             return
-        self._inbox.put(lambda: self._admit(run))
+        self._inbox.put(lambda: self._admit(job))
 
     def _refuse(self, claimed: ClaimedJob, error: Exception) -> None:
         self._preparing.discard(claimed.claim.job)
         self._told.refuse(claimed.claim, self._options.scratch / "jobs" / claimed.claim.job, error)
 
-    def _admit(self, run: RecordedRun) -> None:
-        self._preparing.discard(run.id)
-        self._jobs.admit(run)
+    def _admit(self, job: RecordedRun | ChildJob) -> None:
+        self._preparing.discard(job.id)
+        if isinstance(job, ChildJob):
+            self._children.add(job)
+        else:
+            self._jobs.admit(job)
 
     # -- what the record says of jobs, from any thread
 
     def _on_wish(self, job: str, wish: Wish) -> None:
-        self._inbox.put(lambda: self._jobs.obey(job, wish))
+        def obey() -> None:
+            self._jobs.obey(job, wish)
+            self._children.obey(job, wish)
+
+        self._inbox.put(obey)
+
+    def _drop(self, job: str) -> None:
+        self._jobs.drop(job)
+        self._children.drop(job)
 
     def _give_up(self, job: str, error: Exception) -> None:
         """A record failed for a reason of its own: the job ends here and goes on elsewhere when the lease runs out."""
         logger.error("the job is let go", extra={"job": job}, exc_info=error)
-        self._jobs.drop(job)
+        self._drop(job)
 
 
 def run_worker(record: WorkRecord, blobs: Blobs, options: WorkerOptions) -> None:

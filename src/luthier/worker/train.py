@@ -27,6 +27,7 @@ from luthier.methods.config import bank_spec, exclusive_spec
 from luthier.methods.exclusive.layer import check
 from luthier.methods.peft.fields import check_fields
 from luthier.recipe import Recipe
+from luthier.types import ExclusiveSpec
 from luthier.worker.children import Children
 from luthier.worker.loading import Placement, check_optimizer, load_own_placed, load_placed, placement_of
 from luthier.worker.need import predicted_need
@@ -113,7 +114,7 @@ def _train_on(base: Base, runs: list[Run], progress: Progress, children: Childre
     for run in runs:
         run.folder.set_state("training")
         engine.add(run.admit(base))
-    plan = _settle_memory(engine, runs, progress)
+    plan = settle_memory(engine, runs, progress)
     if children is not None:
         children.admit(plan.available - plan.needed, beside_others=True)
     for run in runs:
@@ -173,9 +174,14 @@ def _need(recipe: Recipe, progress: Progress) -> int:
             "the model to go on from as the base",
             f"name it under `base`, as in base: {recipe.start_from}",
         )
-    if recipe.task.type == "classification":
-        spec = replace(spec, num_classes=2)  # how many there are shows with the data; that there are any, now
-    return predicted_need(recipe, placement, check(placement.folder, spec))
+    return predicted_need(recipe, placement, check(placement.folder, exclusive_spec_before_data(recipe)))
+
+
+def exclusive_spec_before_data(recipe: Recipe) -> ExclusiveSpec:
+    """What an exclusive method does, as far as the recipe says."""
+    spec = exclusive_spec(recipe.method)
+    # How many classes there are shows with the data; that there are any, now.
+    return replace(spec, num_classes=2) if recipe.task.type == "classification" else spec
 
 
 def _check_outputs(recipes: Sequence[Recipe]) -> None:
@@ -233,7 +239,7 @@ def _check_methods(recipes: Sequence[Recipe], placement: Placement) -> None:
             check_layers(bank_spec(recipe.method), shape.layers, shape.output_name)
 
 
-def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> MemoryPlan:
+def settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> MemoryPlan:
     """Predict memory, turn on recomputation or shrink micro-batches until it fits, and say what came out.
 
     Raises:

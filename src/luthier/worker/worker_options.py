@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from luthier.store.held_base import HeldBase
+
 
 @dataclass(frozen=True)
 class WorkerOptions:
@@ -12,6 +14,7 @@ class WorkerOptions:
 
     Attributes:
         base, source: The base's name in jobs, and what it stands for.
+        quantization, weights: As in `HeldBase`.
         scratch: A folder of this process's own, which can be lost.
         step_tokens: Most tokens in one training forward.
         max_jobs: Most jobs that train together.
@@ -25,6 +28,8 @@ class WorkerOptions:
     base: str
     source: str
     scratch: Path
+    quantization: str = ""
+    weights: str = ""
     step_tokens: int = 256
     max_jobs: int = 16
     max_slots: int = 64
@@ -34,3 +39,8 @@ class WorkerOptions:
     port: int = 0
     address: str | None = None
     threads: int | None = None
+
+    @property
+    def held_base(self) -> HeldBase:
+        """What the worker holds."""
+        return HeldBase(self.base, self.quantization, self.weights)
