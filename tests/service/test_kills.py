@@ -31,7 +31,7 @@ NUM_WORKER_KILLS, NUM_API_KILLS, NUM_JOBS = (
     int(n) for n in (os.environ.get("LUTHIER_TEST_KILLS", "2,1") + ",8").split(",")[:3]
 )
 # Long enough that the last kill still finds jobs at work.
-NUM_EPOCHS = 6.0 + 2.0 * (NUM_WORKER_KILLS + NUM_API_KILLS)
+NUM_EPOCHS = 6.0 + NUM_WORKER_KILLS + NUM_API_KILLS
 OWN: dict[str, Any] = {
     "method": {"type": "lora", "rank": 2},
     "train": {"epochs": NUM_EPOCHS, "batch_size": 4, "checkpoint_every": 7},
@@ -128,7 +128,7 @@ def test_jobs_survive_kills(tiny_llama: Path, tmp_path: Path) -> None:
                 processes["worker"] = start_worker(folder, tiny_llama)
             else:
                 processes["serve"] = start_api(folder, tiny_llama, port)
-        done = [wait_for(job, client, seconds=600) for job in jobs]
+        done = [wait_for(job, client, seconds=1200) for job in jobs]
         assert processes["worker"].kill(signal.SIGTERM) == 0, "a worker ends well when it is asked to"
     assert [job.status for job in done] == ["succeeded"] * NUM_JOBS, [job.error for job in done]
     check_events_and_usage(database, jobs)
@@ -171,7 +171,7 @@ def undisturbed(base: Path, folder: Path) -> tuple[Any, Blobs]:
         key = service.tenant("default")
         client = openai.OpenAI(base_url=f"{service.url}/v1", api_key=key)
         for job in create_jobs(client):
-            wait_for(job, client, seconds=600)
+            wait_for(job, client, seconds=1200)
     return open_database(context.settings.database_url), context.blobs
 
 

@@ -12,6 +12,7 @@ from luthier.store.tables import (
     BatchLine,
     Checkpoint,
     Delivery,
+    Demand,
     Event,
     File,
     Job,
@@ -53,6 +54,7 @@ def erase_tenant(database: Database, blobs: Blobs, tenant: str) -> None:
         }
         for table, is_own in own.items():
             session.execute(delete(table).where(is_own))
+        session.execute(delete(Demand).where(Demand.weights.startswith(f"tenants/{row.id}/")))
         for table in (Webhook, Batch, Upload, Checkpoint, Model, Job, File, Usage, RequestCount, Key):
             session.execute(delete(table).where(table.tenant == row.id))
         session.delete(row)
