@@ -11,9 +11,11 @@ from luthier.registry.jobs import Jobs, NewJob
 from luthier.registry.models import Models
 from luthier.registry.tenants import Caller, Tenants
 from luthier.registry.usage import UsageBook
+from luthier.registry.webhooks import Webhooks
 from luthier.registry.work import StoredWork
 from luthier.store.blobs import Blobs
 from luthier.store.database import Database
+from luthier.store.held_base import HeldBase
 from luthier.store.tables import Job
 
 
@@ -30,6 +32,7 @@ class Record:
         self.jobs = Jobs(self.database)
         self.models = Models(self.database, self.blobs)
         self.usage = UsageBook(self.database)
+        self.webhooks = Webhooks(self.database, may_be_private=True)
         self.work = StoredWork(self.database, self.blobs)
 
     def caller(self, name: str, weight: float = 1.0, **quotas: int | None) -> Caller:
@@ -39,9 +42,9 @@ class Record:
     def job(self, caller: Caller, base: str = "tiny", **values: Any) -> Job:
         file = self.files.create(caller.tenant, "train.jsonl", "fine-tune", io.BytesIO(b"{}\n"))
         given: dict[str, Any] = {
-            "base": base,
+            "base": HeldBase(base),
             "model": base,
-            "spec": {"task": {"type": "chat"}},
+            "spec": {"task": {"type": "chat"}, "method": {"type": "lora"}},
             "hyperparameters": {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": 1.0},
             "training_file": file,
             "validation_file": None,
@@ -50,6 +53,7 @@ class Record:
             "seed": 1,
             "labels": {},
             "parent": None,
+            "start_from": None,
             "rows_checked": True,
             "estimate": {},
         }

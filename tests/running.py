@@ -99,7 +99,8 @@ def serving(context: Context) -> Iterator[Service]:
 def working(context: Context, folder: Path, **options: Any) -> Iterator[Any]:
     """A worker of the base, in a thread."""
     from luthier.registry.work import StoredWork
-    from luthier.worker.service_worker import ServiceWorker, WorkerOptions
+    from luthier.worker.service_worker import ServiceWorker
+    from luthier.worker.worker_options import WorkerOptions
 
     chosen = WorkerOptions(
         base=BASE,

@@ -9,12 +9,14 @@ from records import Record
 
 from luthier.registry.problems import LeaseLostError
 from luthier.registry.seam import CheckpointRecord, Claim, JobResult, StepRecord, WorkerCard
+from luthier.service.answers import job_object
+from luthier.store.held_base import HeldBase
 
 LEASE = 30.0
 
 
 def worker(record: Record, name: str = "w1", lease: float = LEASE) -> str:
-    record.work.register(WorkerCard(name, "tiny", "http://127.0.0.1:1", "s"), lease)
+    record.work.register(WorkerCard(name, HeldBase("tiny"), "http://127.0.0.1:1", "s"), lease)
     return name
 
 
@@ -59,6 +61,35 @@ def test_a_replayed_step_adds_nothing(record: Record) -> None:
     assert record.jobs.costs([row])[row.id] == pytest.approx(200 * 2.0 / 1e6)
     events = record.jobs.events(caller.tenant, job.id, limit=100).items
     assert len([event for event in events if event.type == "metrics"]) == 2
+
+
+def test_a_jobs_end_is_estimated_from_its_pace_since_it_was_taken_up(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = record.caller("a")
+    job = record.job(caller)
+    now = 1_000
+
+    def step(number: int, at: int) -> int | None:
+        nonlocal now
+        now = at
+        record.work.record_steps(claim, steps(number))
+        found: int | None = job_object(record.jobs.get(caller.tenant, job.id), 0.0)["estimated_finish"]
+        return found
+
+    monkeypatch.setattr("luthier.registry.work.now_seconds", lambda: now)
+    claim = begin(record, worker(record))
+    assert step(1, at=1_010) is None, "one step has no pace"
+    assert step(2, at=1_012) == 1_012 + 8 * 2
+    assert step(4, at=1_013) == 1_013 + 6
+    assert step(4, at=2_000) == 1_019, "a replayed step says nothing"
+    record.work.release(claim)
+    now = 5_000
+    claim = begin(record)
+    assert step(5, at=5_100) is None, "it rested since"
+    assert step(6, at=5_101) == 5_105
+    record.jobs.pause(caller.tenant, job.id)
+    assert job_object(record.jobs.get(caller.tenant, job.id), 0.0)["estimated_finish"] is None
 
 
 def test_a_dead_workers_job_goes_on_elsewhere_and_the_dead_changes_nothing(record: Record) -> None:

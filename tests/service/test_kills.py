@@ -1,6 +1,6 @@
 """kill -9 of workers and APIs while jobs run: every job succeeds, and nothing is lost or doubled.
 
-The number of kills is set by LUTHIER_TEST_KILLS, as in "10,5" (workers, APIs); the default keeps the suite short.
+LUTHIER_TEST_KILLS sets how many, as in "10,5" (workers, APIs) or "10,5,20" (and jobs); the default is short.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from luthier.store.blobs import Blobs
 from luthier.store.database import open_database
 from luthier.store.tables import Event, Model, Usage
 
-NUM_WORKER_KILLS, NUM_API_KILLS = (int(n) for n in os.environ.get("LUTHIER_TEST_KILLS", "2,1").split(","))
-NUM_JOBS = 8
+NUM_WORKER_KILLS, NUM_API_KILLS, NUM_JOBS = (
+    int(n) for n in (os.environ.get("LUTHIER_TEST_KILLS", "2,1") + ",8").split(",")[:3]
+)
+# Long enough that the last kill still finds jobs at work.
+NUM_EPOCHS = 6.0 + NUM_WORKER_KILLS + NUM_API_KILLS
 OWN: dict[str, Any] = {
     "method": {"type": "lora", "rank": 2},
-    "train": {"epochs": 10.0, "batch_size": 4, "checkpoint_every": 7},
+    "train": {"epochs": NUM_EPOCHS, "batch_size": 4, "checkpoint_every": 7},
     "validation": 0.2,
 }
 
@@ -103,7 +106,7 @@ def start_worker(folder: Path, base: Path) -> Process:
     return Process("worker", folder, base, "--threads", "1")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_jobs_survive_kills(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     folder.mkdir()
@@ -116,15 +119,16 @@ def test_jobs_survive_kills(tiny_llama: Path, tmp_path: Path) -> None:
         jobs = create_jobs(client)
         kills = ["worker"] * NUM_WORKER_KILLS + ["serve"] * NUM_API_KILLS
         draw.shuffle(kills)
+        num_steps = 0
         for what in kills:
-            wait_until_some_run(client)
+            num_steps = wait_until_they_go_on(client, jobs, num_steps)
             time.sleep(draw.uniform(0.0, 1.5))
             processes[what].kill()
             if what == "worker":
                 processes["worker"] = start_worker(folder, tiny_llama)
             else:
                 processes["serve"] = start_api(folder, tiny_llama, port)
-        done = [wait_for(job, client, seconds=300) for job in jobs]
+        done = [wait_for(job, client, seconds=1200) for job in jobs]
         assert processes["worker"].kill(signal.SIGTERM) == 0, "a worker ends well when it is asked to"
     assert [job.status for job in done] == ["succeeded"] * NUM_JOBS, [job.error for job in done]
     check_events_and_usage(database, jobs)
@@ -167,17 +171,20 @@ def undisturbed(base: Path, folder: Path) -> tuple[Any, Blobs]:
         key = service.tenant("default")
         client = openai.OpenAI(base_url=f"{service.url}/v1", api_key=key)
         for job in create_jobs(client):
-            wait_for(job, client, seconds=200)
+            wait_for(job, client, seconds=1200)
     return open_database(context.settings.database_url), context.blobs
 
 
-def wait_until_some_run(client: openai.OpenAI) -> None:
-    for _ in range(600):
-        statuses = [job.status for job in client.fine_tuning.jobs.list().data]
-        if "running" in statuses or not {"queued", "validating_files"} & set(statuses):
-            return
+def wait_until_they_go_on(client: openai.OpenAI, jobs: list[str], num_steps: int) -> int:
+    """Wait until the jobs have done more steps together than `num_steps`; returns how many."""
+    for _ in range(1200):
+        found = [job for job in client.fine_tuning.jobs.list(limit=100).data if job.id in jobs]
+        assert any(job.status not in ("succeeded", "failed") for job in found), "they were done before the last kill"
+        now: int = sum(job.to_dict()["luthier"]["step"] for job in found)  # type: ignore[index, call-overload, misc]
+        if now > num_steps:
+            return now
         time.sleep(0.1)
-    raise AssertionError("no job runs")
+    raise AssertionError("no job goes on")
 
 
 def _key(folder: Path) -> str:

@@ -173,7 +173,10 @@ def test_adapters_beyond_the_room_come_and_go(fresh: Service, tmp_path: Path) ->
         first = [client.chat.completions.create(model=m, **ask).choices[0].message.content for m in models]
         again = [client.chat.completions.create(model=m, **ask).choices[0].message.content for m in models]
         assert first == again
-        assert len(worker._slots) == 1
+        deadline = time.monotonic() + 10
+        while len(worker._slots) > 1:  # an adapter is given back just after the last word of its reply
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -85,6 +85,13 @@ def worker_command(
     idle_seconds: Annotated[
         float, typer.Option("--idle", help="End after so long without work; 0 never.")
     ] = IDLE_SECONDS,
+    quantization: Annotated[
+        str, typer.Option("--quantization", help="How the base is held: nf4, or nothing for the base as it is.")
+    ] = "",
+    weights: Annotated[
+        str,
+        typer.Option("--weights", help="Key prefix of a tuned model that is held in place of its base."),
+    ] = "",
     lasting: Annotated[bool, typer.Option("--supervise", help="Start workers for whatever base is asked for.")] = False,
 ) -> None:
     """Run a worker of one base (--base NAME), or start workers as bases are asked for (--supervise)."""
@@ -100,9 +107,12 @@ def worker_command(
         return
     if not bases or len(bases) != 1:
         raise RecipeError("a worker holds one base", "--base NAME, once", "or --supervise, to start one a base")
+    if quantization not in ("", "nf4"):
+        raise RecipeError(f"--quantization {quantization}", "nf4, or nothing")
     from luthier.registry.work import StoredWork
     from luthier.worker.served_bases import ServedBases
-    from luthier.worker.service_worker import WorkerOptions, run_worker
+    from luthier.worker.service_worker import run_worker
+    from luthier.worker.worker_options import WorkerOptions
 
     settings = context.settings
     _sweep(settings.scratch)
@@ -111,6 +121,8 @@ def worker_command(
         base=name,
         source=ServedBases(settings.bases).source(name),
         scratch=settings.scratch / f"worker-{os.getpid()}",
+        quantization=quantization,
+        weights=weights,
         step_tokens=settings.step_tokens,
         max_jobs=max_jobs,
         max_slots=max_adapters,

@@ -1,4 +1,4 @@
-"""`luthier tenants`, `keys`, `usage`, `backup` and `restore`: the operator's verbs, where the store is."""
+"""`luthier tenants`, `keys` and `usage`, of a server or the store here; `backup` and `restore`, of the store here."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from typing import Annotated
 import typer
 
 from luthier.cli.console import print_json
+from luthier.cli.operator import operator_of, refuse_server
 from luthier.cli.serve import Data, open_context
 
-tenants_app = typer.Typer(help="Tenants of the service on this machine.", no_args_is_help=True)
-keys_app = typer.Typer(help="API keys of the service on this machine.", no_args_is_help=True)
+tenants_app = typer.Typer(
+    help="Tenants of a server (--server URL), or of the service on this machine.", no_args_is_help=True
+)
+keys_app = typer.Typer(
+    help="API keys of a server (--server URL), or of the service on this machine.", no_args_is_help=True
+)
 Quota = Annotated[int | None, typer.Option(help="A limit; leave out for none.")]
 
 
 @tenants_app.command("create")
 def create_tenant(
+    context: typer.Context,
     name: str,
     weight: Annotated[float, typer.Option(help="Share of the workers against the others'.")] = 1.0,
     storage_bytes: Quota = None,
@@ -27,42 +33,40 @@ def create_tenant(
     data: Data = None,
 ) -> None:
     """A new tenant."""
-    row = open_context(data, None).tenants.create(
-        name,
-        weight,
-        max_storage_bytes=storage_bytes,
-        max_running_jobs=running_jobs,
-        max_trained_tokens_per_day=trained_tokens_per_day,
-        max_requests_per_minute=requests_per_minute,
-    )
-    print(row.id)
+    quotas = {
+        "max_storage_bytes": storage_bytes,
+        "max_running_jobs": running_jobs,
+        "max_trained_tokens_per_day": trained_tokens_per_day,
+        "max_requests_per_minute": requests_per_minute,
+    }
+    print(operator_of(context, data).create_tenant(name, weight, quotas)["id"])
 
 
 @tenants_app.command("list")
-def list_tenants(data: Data = None) -> None:
+def list_tenants(context: typer.Context, data: Data = None) -> None:
     """All tenants."""
-    for row in open_context(data, None).tenants.all():
-        print(f"{row.id}  {row.name}  weight {row.weight:g}")
+    for row in operator_of(context, data).tenants():
+        print(f"{row['id']}  {row['name']}  weight {row['weight']:g}")
 
 
 @tenants_app.command("erase")
 def erase(
+    context: typer.Context,
     tenant: str,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     data: Data = None,
 ) -> None:
     """Erase a tenant with all of its files, jobs, models and usage, for good."""
-    from luthier.registry.erasure import erase_tenant
-
+    operator = operator_of(context, data)
     if not yes:
         typer.confirm(f"Erase {tenant} and all of its data for good?", abort=True)
-    context = open_context(data, None)
-    erase_tenant(context.database, context.blobs, tenant)
+    operator.erase(tenant)
     print(f"{tenant} is erased.")
 
 
 @keys_app.command("create")
 def create_key(
+    context: typer.Context,
     tenant: str,
     scope: Annotated[list[str] | None, typer.Option(help="admin, tune or infer; default: tune and infer.")] = None,
     name: Annotated[str, typer.Option(help="What lists show.")] = "",
@@ -71,48 +75,47 @@ def create_key(
 ) -> None:
     """A new key, printed once."""
     seconds = None if days is None else days * 86_400
-    row, text = open_context(data, None).tenants.create_key(tenant, scope or ["tune", "infer"], name, seconds)
-    print(f"{row.id}  {text}")
+    made = operator_of(context, data).create_key(tenant, scope or ["tune", "infer"], name, seconds)
+    print(f"{made['id']}  {made['key']}")
 
 
 @keys_app.command("list")
-def list_keys(tenant: str, data: Data = None) -> None:
+def list_keys(context: typer.Context, tenant: str, data: Data = None) -> None:
     """A tenant's keys, without the keys themselves."""
-    for row in open_context(data, None).tenants.keys(tenant):
-        state = "revoked" if row.revoked_at else f"until {_day(row.expires_at)}" if row.expires_at else "live"
-        print(f"{row.id}  {row.prefix}  {','.join(row.scopes)}  {state}  {row.name}")
+    for row in operator_of(context, data).keys(tenant):
+        until = row["expires_at"]
+        state = "revoked" if row["revoked_at"] else f"until {_day(until)}" if until else "live"
+        print(f"{row['id']}  {row['prefix']}  {','.join(row['scopes'])}  {state}  {row['name']}")
 
 
 @keys_app.command("rotate")
 def rotate_key(
+    context: typer.Context,
     key: str,
     overlap_seconds: Annotated[int, typer.Option(help="How long the old key goes on.")] = 0,
     data: Data = None,
 ) -> None:
     """A new key in place of an old one."""
-    row, text = open_context(data, None).tenants.rotate(key, overlap_seconds)
-    print(f"{row.id}  {text}")
+    made = operator_of(context, data).rotate(key, overlap_seconds)
+    print(f"{made['id']}  {made['key']}")
 
 
 @keys_app.command("revoke")
-def revoke_key(key: str, data: Data = None) -> None:
+def revoke_key(context: typer.Context, key: str, data: Data = None) -> None:
     """End a key at once."""
-    open_context(data, None).tenants.revoke(key)
+    operator_of(context, data).revoke(key)
     print(f"{key} is revoked.")
 
 
 def usage_command(
+    context: typer.Context,
     tenant: Annotated[str | None, typer.Argument(help="A tenant's name or id; default: all.")] = None,
     days: Annotated[int, typer.Option(help="How far back.")] = 31,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     data: Data = None,
 ) -> None:
     """Trained and generated tokens and their cost, by day and model."""
-    from luthier.store.database import now_seconds
-
-    context = open_context(data, None)
-    owner = None if tenant is None else context.tenants.get(tenant).id
-    rows = context.usage.by_day(owner, now_seconds() // 86_400 - days + 1)
+    rows = operator_of(context, data).usage(tenant, days)
     if json:
         print_json(rows)
         return
@@ -122,18 +125,21 @@ def usage_command(
 
 
 def backup_command(
+    context: typer.Context,
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     data: Data = None,
 ) -> None:
     """Copy database and blobs into a new folder, while the service runs. For SQLite; PostgreSQL has pg_dump."""
     from luthier.registry.backup import back_up
 
-    context = open_context(data, None)
-    num_files = back_up(context.database, context.blobs, target)
+    refuse_server(context, "backup")
+    store = open_context(data, None)
+    num_files = back_up(store.database, store.blobs, target)
     print(f"{target} holds the database and {num_files} blobs.")
 
 
 def restore_command(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="What `luthier backup` wrote.")],
     data: Data = None,
 ) -> None:
@@ -142,6 +148,7 @@ def restore_command(
     from luthier.service.settings import read_service_settings
     from luthier.store.blobs import Blobs
 
+    refuse_server(context, "restore")
     settings = read_service_settings(data)
     restore(source, settings.database_url, Blobs(settings.storage, dict(settings.storage_options)))
     print(f"{settings.data_folder} holds what {source} held.")

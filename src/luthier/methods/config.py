@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -44,6 +44,9 @@ OfPeft = (
     | AdaloraConfig
     | LnTuningConfig
 )
+
+BANK_TYPES = frozenset(str(config.model_fields["type"].default) for config in get_args(InBank))
+"""Names of the methods whose jobs share a resident base."""
 
 MethodConfig = Annotated[InBank | OwnWeights | OfPeft, Field(discriminator="type")]
 

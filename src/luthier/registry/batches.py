@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from luthier.registry.files import Page
 from luthier.registry.problems import InvalidRequestError, missing
-from luthier.store.database import Database, new_id, now_seconds
+from luthier.store.database import Database, locking, new_id, now_seconds
 from luthier.store.tables import Batch, BatchLine
 
 LIFE_SECONDS = 86_400
@@ -73,7 +73,7 @@ class Batches:
             now = self._database.now(session)
             is_free = or_(Batch.holder.is_(None), Batch.lease_until < now)
             query = select(Batch).where(Batch.status.in_(OPEN), is_free).order_by(Batch.seq).limit(1)
-            row = session.scalar(query.with_for_update(skip_locked=True))
+            row = session.scalar(locking(query, skip_locked=True))
             if row is not None:
                 row.holder, row.lease_until = holder, now + lease_seconds
         return row
@@ -81,7 +81,7 @@ class Batches:
     def keep(self, batch: str, holder: str, lease_seconds: float) -> str | None:
         """Renew the lease; the batch's status, or None where another runs it now."""
         with self._database.writing() as session:
-            row = session.scalar(select(Batch).where(Batch.id == batch).with_for_update())
+            row = session.scalar(locking(select(Batch).where(Batch.id == batch)))
             if row is None or row.holder != holder:
                 return None
             row.lease_until = self._database.now(session) + lease_seconds
@@ -99,9 +99,8 @@ class Batches:
     def add_answer(self, batch: str, line: int, answer: dict[str, Any], is_error: bool) -> None:
         """Keep one line's answer, once."""
         with self._database.writing() as session:
-            # The batch is locked before its line is added: adding takes a shared lock on the batch, and two writers
-            # that each hold one would wait for each other.
-            row = session.scalars(select(Batch).where(Batch.id == batch).with_for_update()).one()
+            # The batch is locked before its line is looked for, so that two writers do not both add it.
+            row = session.scalars(locking(select(Batch).where(Batch.id == batch))).one()
             if session.get(BatchLine, (batch, line)) is not None:
                 return
             session.add(BatchLine(batch=batch, line=line, answer=answer, is_error=is_error))
@@ -113,7 +112,7 @@ class Batches:
     def set_status(self, batch: str, status: str, **values: Any) -> None:
         """Move on, and note when; an end lets the batch go."""
         with self._database.writing() as session:
-            row = session.scalars(select(Batch).where(Batch.id == batch).with_for_update()).one()
+            row = session.scalars(locking(select(Batch).where(Batch.id == batch))).one()
             if row.status == "cancelling" and status == "in_progress":
                 return
             row.status = status
@@ -126,7 +125,7 @@ class Batches:
 
 def _batch(session: Session, tenant: str, batch: str, lock: bool = False) -> Batch:
     query = select(Batch).where(Batch.tenant == tenant, Batch.id == batch)
-    row = session.scalar(query.with_for_update() if lock else query)
+    row = session.scalar(locking(query) if lock else query)
     if row is None:
         raise missing("batch", batch, "batch_id")
     return row

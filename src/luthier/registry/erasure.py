@@ -12,6 +12,7 @@ from luthier.store.tables import (
     BatchLine,
     Checkpoint,
     Delivery,
+    Demand,
     Event,
     File,
     Job,
@@ -34,7 +35,8 @@ def erase_tenant(database: Database, blobs: Blobs, tenant: str) -> None:
         InvalidRequestError: while a worker holds one of its jobs: cancel them first.
     """
     with database.writing() as session:
-        row = session.scalar(select(Tenant).where((Tenant.id == tenant) | (Tenant.name == tenant)))
+        # Locked against whatever would come to name the tenant while its things are deleted.
+        row = session.scalar(select(Tenant).where((Tenant.id == tenant) | (Tenant.name == tenant)).with_for_update())
         if row is None:
             raise missing("tenant", tenant, "tenant")
         now = database.now(session)
@@ -52,6 +54,7 @@ def erase_tenant(database: Database, blobs: Blobs, tenant: str) -> None:
         }
         for table, is_own in own.items():
             session.execute(delete(table).where(is_own))
+        session.execute(delete(Demand).where(Demand.weights.startswith(f"tenants/{row.id}/")))
         for table in (Webhook, Batch, Upload, Checkpoint, Model, Job, File, Usage, RequestCount, Key):
             session.execute(delete(table).where(table.tenant == row.id))
         session.delete(row)

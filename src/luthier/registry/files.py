@@ -16,7 +16,7 @@ from sqlalchemy import delete, select
 from luthier.registry.problems import InvalidRequestError, TooLargeError, missing
 from luthier.registry.tenants import LIVE_STATUSES, check_storage
 from luthier.store.blobs import PIECE_BYTES, Blobs
-from luthier.store.database import Database, new_id, now_seconds
+from luthier.store.database import Database, locking, new_id, now_seconds
 from luthier.store.tables import Batch, File, Job, Upload, UploadPart
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
@@ -234,7 +234,7 @@ class Files:
             expires_at=expires,
         )
         with self._database.writing() as session:
-            current = session.scalars(select(Upload).where(Upload.id == upload).with_for_update()).one()
+            current = session.scalars(locking(select(Upload).where(Upload.id == upload))).one()
             if current.status != "pending":
                 raise InvalidRequestError(f"The upload is {current.status} already.", param="upload_id")
             current.status, current.file = "completed", file_id
@@ -246,7 +246,7 @@ class Files:
     def cancel_upload(self, tenant: str, upload: str) -> Upload:
         """Give an upload up."""
         with self._database.writing() as session:
-            row = session.scalar(select(Upload).where(Upload.tenant == tenant, Upload.id == upload).with_for_update())
+            row = session.scalar(locking(select(Upload).where(Upload.tenant == tenant, Upload.id == upload)))
             if row is None:
                 raise missing("upload", upload, "upload_id")
             if row.status != "pending":
@@ -261,11 +261,12 @@ class Files:
         now = now_seconds()
         gone: list[str] = []
         with self._database.writing() as session:
-            for file in session.scalars(select(File).where(File.expires_at.is_not(None), File.expires_at <= now)):
+            old = select(File).where(File.expires_at.is_not(None), File.expires_at <= now).order_by(File.seq)
+            for file in session.scalars(old.with_for_update(skip_locked=True)):
                 gone.append(file.blob)
                 session.delete(file)
-            late = select(Upload).where(Upload.status == "pending", Upload.expires_at <= now)
-            for upload in session.scalars(late):
+            late = select(Upload).where(Upload.status == "pending", Upload.expires_at <= now).order_by(Upload.seq)
+            for upload in session.scalars(locking(late, skip_locked=True)):
                 upload.status = "expired"
                 session.execute(delete(UploadPart).where(UploadPart.upload == upload.id))
                 gone.append(f"tenants/{upload.tenant}/uploads/{upload.id}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from luthier.registry.events import add_event, announce_end
@@ -20,7 +21,8 @@ from luthier.registry.files import Page
 from luthier.registry.problems import InvalidRequestError, missing
 from luthier.registry.tenants import LIVE_STATUSES, Caller
 from luthier.registry.usage import job_costs
-from luthier.store.database import Database, new_id, now_seconds
+from luthier.store.database import Database, locking, new_id, now_seconds
+from luthier.store.held_base import HeldBase
 from luthier.store.tables import Checkpoint, Demand, Event, File, Job, Model, Permission, Tenant
 
 END_STATUSES = ("succeeded", "failed", "cancelled")
@@ -31,19 +33,20 @@ class NewJob:
     """A job that holds and may be queued.
 
     Attributes:
-        base: The base's name.
+        base: What a worker must hold to train it.
         model: What the caller named: the base, or a tuned model to go on from.
         spec: The JobSpec's values.
         hyperparameters: As resolved, under the OpenAI surface's names.
         training_file, validation_file: The files' records.
         hold_out: Share of the training rows to hold out where there is no validation file.
         parent: The tuned model to go on from, or None.
+        start_from: Key prefix of the parent's files, where they are an adapter or layers to begin with.
         rows_checked: Whether all lines were looked at.
         estimate: What it is expected to take.
         labels: The caller's metadata.
     """
 
-    base: str
+    base: HeldBase
     model: str
     spec: dict[str, Any]
     hyperparameters: dict[str, Any]
@@ -54,6 +57,7 @@ class NewJob:
     seed: int
     labels: dict[str, str]
     parent: Model | None
+    start_from: str | None
     rows_checked: bool
     estimate: dict[str, Any]
 
@@ -72,9 +76,9 @@ class Jobs:
             id=job_id,
             tenant=caller.tenant,
             status="queued" if new.rows_checked else "validating_files",
-            base=new.base,
+            held_base=new.base,
             model=new.model,
-            tuned_model=f"ft:{new.base}:{caller.name}:{new.suffix or ''}:{short}",
+            tuned_model=f"ft:{new.base.name}:{caller.name}:{new.suffix or ''}:{short}",
             spec=new.spec,
             hyperparameters=new.hyperparameters,
             suffix=new.suffix,
@@ -85,7 +89,7 @@ class Jobs:
             train_blob=new.training_file.blob,
             validation_blob=new.validation_file.blob if new.validation_file else None,
             hold_out=new.hold_out,
-            start_from=new.parent.blob if new.parent else None,
+            start_from=new.start_from,
             parent=new.parent.id if new.parent else None,
             rows_checked=new.rows_checked,
             created_at=now_seconds(),
@@ -93,9 +97,8 @@ class Jobs:
         )
         with self._database.writing() as session:
             files = [file.id for file in (new.training_file, new.validation_file) if file is not None]
-            found = session.scalars(
-                select(File.id).where(File.tenant == caller.tenant, File.id.in_(files)).with_for_update()
-            ).all()
+            named = select(File.id).where(File.tenant == caller.tenant, File.id.in_(files)).order_by(File.seq)
+            found = session.scalars(locking(named)).all()
             for file in files:
                 if file not in found:
                     raise missing("File object", file, "training_file")
@@ -174,7 +177,7 @@ class Jobs:
                 )
             row.status = "queued" if row.rows_checked else "validating_files"
             add_event(session, job, f"resumed:{new_id('', 8)}", "The job has been resumed and waits in the queue")
-            want_base(session, row.base, self._database.now(session))
+            want_base(session, row.held_base, self._database.now(session))
         return row
 
     def events(self, tenant: str, job: str, after: str | None = None, limit: int = 20) -> Page:
@@ -214,6 +217,8 @@ class Jobs:
         """Let other tenants (projects) use a checkpoint or model."""
         with self._database.writing() as session:
             _owned_model(session, tenant, model)
+            # One at a time, so that none is given twice.
+            session.scalars(locking(select(Tenant.seq).where(Tenant.id == tenant))).one()
             made = []
             for project in dict.fromkeys(projects):
                 if session.scalar(select(Tenant.id).where(Tenant.id == project)) is None:
@@ -254,18 +259,18 @@ class Jobs:
             session.delete(row)
 
 
-def want_base(session: Session, base: str, now: float) -> None:
-    """Note that somebody waits for this base."""
-    row = session.get(Demand, base)
-    if row is None:
-        session.add(Demand(base=base, wanted_at=now))
-    else:
-        row.wanted_at = now
+def want_base(session: Session, base: HeldBase, now: float) -> None:
+    """Note that somebody waits for a worker that holds this."""
+    key = {"base": base.name, "quantization": base.quantization, "weights": base.weights}
+    # In one statement, for several may be the first to ask.
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    statement = insert(Demand).values(**key, wanted_at=now)
+    session.execute(statement.on_conflict_do_update(index_elements=list(key), set_={"wanted_at": now}))
 
 
 def _job(session: Session, tenant: str, job: str, lock: bool = False) -> Job:
     query = select(Job).where(Job.tenant == tenant, Job.id == job)
-    row = session.scalar(query.with_for_update() if lock else query)
+    row = session.scalar(locking(query) if lock else query)
     if row is None:
         raise missing("fine-tuning job", job, "fine_tuning_job_id")
     return row

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from luthier.methods.config import BANK_TYPES
 from luthier.registry.problems import InvalidRequestError, MissingError
 from luthier.registry.tenants import LIVE_STATUSES
 from luthier.store.blobs import Blobs
 from luthier.store.database import Database
+from luthier.store.held_base import HeldBase
 from luthier.store.tables import Checkpoint, Job, Model, Permission
 
 
@@ -20,13 +22,13 @@ class Servable:
 
     Attributes:
         name: As it was asked for.
-        base: The base to run on.
-        adapter: Key prefix of the adapter's files; None for the base itself.
+        base: What a worker must hold to answer.
+        adapter: Key prefix of the adapter's files; None for what the worker holds as it is.
         task: What it was tuned for; "chat" for a base.
     """
 
     name: str
-    base: str
+    base: HeldBase
     adapter: str | None
     task: str
 
@@ -59,21 +61,22 @@ class Models:
         with self._database.reading() as session:
             model = session.scalar(select(Model).where(Model.id == name))
             if model is not None and self._may_use(session, tenant, model.tenant, name):
-                return Servable(name, model.base, model.blob, model.task)
+                return _servable(model)
             found = session.execute(
                 select(Checkpoint, Job).join(Job, Job.id == Checkpoint.job).where(Checkpoint.model == name)
             ).first()
             if found is not None:
                 checkpoint, job = found
                 if checkpoint.blob is not None and self._may_use(session, tenant, checkpoint.tenant, name):
-                    return Servable(name, job.base, checkpoint.blob, job.spec["task"]["type"])
+                    _check_answers(job, name)
+                    return Servable(name, job.held_base, checkpoint.blob, job.spec["task"]["type"])
         raise no_such_model(name)
 
     def delete(self, tenant: str, name: str) -> None:
         """Delete a tuned model and its files.
 
         Raises:
-            InvalidRequestError: while a job that has not ended goes on from it.
+            InvalidRequestError: while a job that has not ended goes on from it, or models stand on its weights.
         """
         with self._database.writing() as session:
             row = session.scalar(select(Model).where(Model.id == name, Model.tenant == tenant).with_for_update())
@@ -83,6 +86,13 @@ class Models:
             if user is not None:
                 raise InvalidRequestError(
                     f"{name} is in use: the job {user} goes on from it. Cancel the job, or wait for its end.",
+                    param="model",
+                    code="model_in_use",
+                )
+            above = session.scalar(select(Model.id).where(Model.weights == row.blob))
+            if above is not None:
+                raise InvalidRequestError(
+                    f"{name} is in use: {above} was tuned over its weights. Delete that one first.",
                     param="model",
                     code="model_in_use",
                 )
@@ -96,6 +106,24 @@ class Models:
             return True
         query = select(Permission.id).where(Permission.model == name, Permission.project == tenant)
         return session.scalar(query) is not None
+
+
+def _servable(model: Model) -> Servable:
+    """An adapter answers on what it was trained over; anything else is what a worker of its own holds."""
+    if model.form == "adapter":
+        return Servable(model.id, model.held_base, model.blob, model.task)
+    return Servable(model.id, HeldBase(model.base, weights=model.blob), None, model.task)
+
+
+def _check_answers(job: Job, name: str) -> None:
+    """A checkpoint of the bank's is an adapter; one of an exclusive method is there to be gone on from."""
+    method = job.spec["method"]["type"]
+    if method not in BANK_TYPES:
+        raise InvalidRequestError(
+            f"{name} is a checkpoint of a {method} job, which cannot answer; the finished model {job.tuned_model} can.",
+            param="model",
+            code="checkpoint_not_served",
+        )
 
 
 def no_such_model(name: str) -> MissingError:

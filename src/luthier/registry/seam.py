@@ -16,9 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from luthier.store.held_base import HeldBase
+
 Level = Literal["info", "warn", "error"]
 Wish = Literal["pause", "cancel", "lost"]
 """What a worker is asked to do with a job that it holds: save and let go; drop; forget, for another may hold it now."""
+Form = Literal["adapter", "layers", "model"]
+"""What a job's files are: an adapter for the bank, layers of peft's, or a model with weights of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +31,13 @@ class WorkerCard:
 
     Attributes:
         id: Unique among all that ever were.
-        base: The base that it holds, by the name that jobs use.
+        base: What it holds.
         address: Where its HTTP endpoint listens, as in "http://127.0.0.1:40123".
         secret: What a caller must show there.
     """
 
     id: str
-    base: str
+    base: HeldBase
     address: str
     secret: str
 
@@ -127,9 +131,10 @@ class JobResult:
     """How a job ended well.
 
     Attributes:
-        prefix: Key prefix of the adapter's files, tokenizer and chat template.
+        prefix: Key prefix of the result's files, with tokenizer and chat template.
         lineage: What the model came from: data hash, base identity, versions.
         evaluation: What eval.json holds.
+        form: What the files are.
     """
 
     prefix: str
@@ -138,6 +143,7 @@ class JobResult:
     lineage: dict[str, Any]
     evaluation: dict[str, Any]
     num_steps: int
+    form: Form = "adapter"
 
 
 class WorkRecord(Protocol):
@@ -150,8 +156,8 @@ class WorkRecord(Protocol):
     def register(self, card: WorkerCard, lease_seconds: float) -> None:
         """A worker is here and takes jobs and requests for its base."""
 
-    def wanted_bases(self) -> list[str]:
-        """Bases that somebody waits for and no live worker holds, the longest waiting first."""
+    def wanted_bases(self) -> list[HeldBase]:
+        """What somebody waits for and no live worker holds, the longest waiting first."""
 
     def heartbeat(self, worker: str, lease_seconds: float) -> dict[str, Wish]:
         """Renew the worker's lease and those of its jobs; returns what is asked of jobs that it holds, by job id."""
@@ -183,8 +189,12 @@ class WorkRecord(Protocol):
     def fail(self, claim: Claim, code: str, message: str, param: str | None = None) -> None:
         """The job failed for a reason that its owner can read."""
 
-    def release(self, claim: Claim) -> None:
-        """Let the job go where its last checkpoint stands: paused, cancelled, or for others to claim."""
+    def release(self, claim: Claim, *, is_loss: bool = False) -> None:
+        """Let the job go where its last checkpoint stands: paused, cancelled, or for others to claim.
+
+        Args:
+            is_loss: The process that trained it died. Too many such deaths without a checkpoint in between end the job.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +203,7 @@ class SampleRequest:
 
     Attributes:
         id: Unique; a second request with it is refused.
-        adapter: Key prefix of the adapter's files, or None for the base itself.
+        adapter: Key prefix of the adapter's files, or None for what the worker holds.
         messages, tools: A conversation, or None where `prompt` is given.
         prompt: Plain text to be continued, or token ids.
         num_choices: How many replies; each has its own draws.

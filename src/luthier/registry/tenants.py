@@ -18,7 +18,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from luthier.registry.problems import InvalidKeyError, InvalidRequestError, QuotaError, missing
-from luthier.store.database import Database, new_id, now_seconds
+from luthier.store.database import Database, locking, new_id, now_seconds
 from luthier.store.tables import Checkpoint, File, Job, Key, Model, RequestCount, Tenant, Upload, Usage
 
 SCOPES = ("admin", "tune", "infer")
@@ -164,7 +164,7 @@ class Tenants:
         if quota is None:
             return
         with self._database.writing() as session:
-            session.scalars(select(Tenant.seq).where(Tenant.id == tenant).with_for_update()).one()
+            session.scalars(locking(select(Tenant.seq).where(Tenant.id == tenant))).one()
             row = session.get(RequestCount, (tenant, minute))
             if row is None:
                 session.execute(delete(RequestCount).where(RequestCount.tenant == tenant))

@@ -75,7 +75,9 @@ class Webhooks:
 
     def delete(self, tenant: str, webhook: str) -> None:
         with self._database.writing() as session:
-            row = session.scalar(select(Webhook).where(Webhook.tenant == tenant, Webhook.id == webhook))
+            # Locked, so that no job's end adds a delivery between the two deletions.
+            query = select(Webhook).where(Webhook.tenant == tenant, Webhook.id == webhook)
+            row = session.scalar(query.with_for_update())
             if row is None:
                 raise missing("webhook", webhook, "webhook")
             session.execute(delete(Delivery).where(Delivery.webhook == webhook))
@@ -87,7 +89,7 @@ class Webhooks:
             now = self._database.now(session)
             due = select(Delivery, Webhook).join(Webhook, Webhook.id == Delivery.webhook)
             due = due.where(Delivery.delivered_at.is_(None), Delivery.next_attempt_at <= now).limit(limit)
-            found = session.execute(due.with_for_update(skip_locked=True)).all()
+            found = session.execute(due.with_for_update(key_share=True, skip_locked=True, of=Delivery)).all()
             for delivery, _ in found:
                 wait = RETRY_SECONDS[delivery.num_attempts] if delivery.num_attempts < len(RETRY_SECONDS) else None
                 delivery.num_attempts += 1

@@ -25,7 +25,8 @@ from luthier.registry.seam import (
 from luthier.registry.tenants import num_running, trained_tokens_today
 from luthier.registry.usage import add_usage, job_cost
 from luthier.store.blobs import Blobs
-from luthier.store.database import Database, new_id, now_seconds
+from luthier.store.database import Database, locking, new_id, now_seconds
+from luthier.store.held_base import HeldBase
 from luthier.store.tables import Checkpoint, Demand, Event, File, Job, Model, Tenant, Worker
 
 CLAIMABLE = ("validating_files", "queued", "running")
@@ -50,7 +51,7 @@ class StoredWork:
             session.merge(
                 Worker(
                     id=card.id,
-                    base=card.base,
+                    held_base=card.base,
                     address=card.address,
                     secret=card.secret,
                     started_at=int(now),
@@ -62,28 +63,31 @@ class StoredWork:
         with self._database.writing() as session:
             now = self._database.now(session)
             session.execute(update(Worker).where(Worker.id == worker).values(lease_until=now + lease_seconds))
-            held = session.scalars(select(Job).where(Job.holder == worker)).all()
+            held = session.scalars(locking(select(Job).where(Job.holder == worker).order_by(Job.seq))).all()
             for job in held:
                 job.lease_until = now + lease_seconds
             return {job.id: wish for job in held if (wish := _wish(job)) is not None}
 
     def leave(self, worker: str) -> None:
         with self._database.writing() as session:
-            for job in session.scalars(select(Job).where(Job.holder == worker).with_for_update()):
+            # The worker first, as in its heartbeat, which may still be on its way.
+            row = session.scalar(select(Worker).where(Worker.id == worker).with_for_update())
+            for job in session.scalars(locking(select(Job).where(Job.holder == worker).order_by(Job.seq))):
                 _let_go(job)
-            row = session.get(Worker, worker)
             if row is not None:
                 session.delete(row)
 
-    def wanted_bases(self) -> list[str]:
+    def wanted_bases(self) -> list[HeldBase]:
         with self._database.reading() as session:
             now = self._database.now(session)
-            held = {worker.base for worker in live_workers(session, None, now)}
-            wanted = {row.base: row.wanted_at for row in session.scalars(select(Demand))}
+            held = {worker.held_base for worker in live_workers(session, None, now)}
+            wanted = {row.held_base: row.wanted_at for row in session.scalars(select(Demand))}
             asked = {base: at for base, at in wanted.items() if at > now - DEMAND_SECONDS}
             is_free = or_(Job.holder.is_(None), Job.lease_until < now)
-            waiting = select(Job.base, func.min(Job.created_at)).where(Job.status.in_(CLAIMABLE), is_free)
-            for base, at in session.execute(waiting.group_by(Job.base)):
+            columns = (Job.base, Job.quantization, Job.weights)
+            waiting = select(*columns, func.min(Job.created_at)).where(Job.status.in_(CLAIMABLE), is_free)
+            for *key, at in session.execute(waiting.group_by(*columns)):
+                base = HeldBase(*key)
                 asked[base] = min(float(at), asked.get(base, float(at)))
         return sorted((base for base in asked if base not in held), key=lambda base: asked[base])
 
@@ -93,7 +97,10 @@ class StoredWork:
         with self._database.reading() as session:
             now = self._database.now(session)
             is_free = _is_free(now, worker)
-            waiting = select(Job.id).join(Worker, Worker.base == Job.base)
+            waiting = select(Job.id).join(
+                Worker,
+                and_(Worker.base == Job.base, Worker.quantization == Job.quantization, Worker.weights == Job.weights),
+            )
             waiting = waiting.where(Worker.id == worker, Job.status.in_(CLAIMABLE), is_free)
             return session.scalar(waiting.limit(1)) is not None
 
@@ -106,8 +113,8 @@ class StoredWork:
             if card is None:
                 return []
             is_free = _is_free(now, worker)
-            waiting = select(Job).where(Job.base == card.base, Job.status.in_(CLAIMABLE), is_free)
-            jobs = list(session.scalars(waiting.order_by(Job.seq).with_for_update(skip_locked=True)))
+            waiting = select(Job).where(Job.held_base == card.held_base, Job.status.in_(CLAIMABLE), is_free)
+            jobs = list(session.scalars(locking(waiting.order_by(Job.seq), skip_locked=True)))
             if not jobs:
                 return []
             tenants = {row.id: row for row in session.scalars(select(Tenant))}
@@ -119,12 +126,8 @@ class StoredWork:
     def _take(
         self, session: Session, job: Job, tenants: dict[str, Tenant], worker: str, now: float, lease_seconds: float
     ) -> ClaimedJob | None:
-        if job.holder is not None:
-            job.num_losses += 1
-            if job.num_losses > MAX_LOSSES:
-                message = f"The job's worker died {MAX_LOSSES} times without a checkpoint in between."
-                _end(session, job, "failed", {"code": "worker_lost", "message": message, "param": None})
-                return None
+        if job.holder is not None and _count_loss(session, job):
+            return None
         job.holder, job.epoch, job.lease_until = worker, job.epoch + 1, now + lease_seconds
         if job.started_at is not None:
             job.status = "running"
@@ -157,6 +160,7 @@ class StoredWork:
             job.rows_checked = True
             job.started_at = job.started_at or now_seconds()
             job.total_steps, job.num_tokens_per_epoch = total_steps, num_tokens
+            job.pace_step = job.pace_at = None
             add_event(session, job.id, "queued", "Files validated, moving job to queued state")
             add_event(session, job.id, "started", "Fine-tuning job started", data={"rows": num_rows})
 
@@ -211,7 +215,10 @@ class StoredWork:
         if is_new:
             job.trained_tokens += step.num_tokens
             session.flush()
-        job.step = max(job.step, step.step)
+        if step.step > job.step:
+            job.step, job.stepped_at = step.step, now_seconds()
+            if job.pace_at is None:
+                job.pace_step, job.pace_at = job.step, job.stepped_at
 
     def record_event(self, claim: Claim, key: str, message: str, level: Level = "info", **data: Any) -> None:
         with self._database.writing() as session:
@@ -270,7 +277,8 @@ class StoredWork:
                 Model(
                     id=job.tuned_model,
                     tenant=job.tenant,
-                    base=job.base,
+                    held_base=job.held_base,
+                    form=result.form,
                     task=job.spec["task"]["type"],
                     job=job.id,
                     step=result.num_steps,
@@ -293,13 +301,15 @@ class StoredWork:
             job = self._held(session, claim)
             _end(session, job, "failed", {"code": code, "message": message, "param": param})
 
-    def release(self, claim: Claim) -> None:
+    def release(self, claim: Claim, *, is_loss: bool = False) -> None:
         with self._database.writing() as session:
-            _let_go(self._held(session, claim))
+            job = self._held(session, claim)
+            if not (is_loss and job.status in CLAIMABLE and _count_loss(session, job)):
+                _let_go(job)
 
     def _held(self, session: Session, claim: Claim, lock: bool = True) -> Job:
         query = select(Job).where(Job.id == claim.job)
-        job = session.scalar(query.with_for_update() if lock else query)
+        job = session.scalar(locking(query) if lock else query)
         if job is None or job.holder != claim.worker or job.epoch != claim.epoch:
             raise LeaseLostError(f"the job {claim.job} is no longer {claim.worker}'s")
         return job
@@ -337,6 +347,16 @@ def _wish(job: Job) -> Wish | None:
     if job.status == "paused" or (job.status == "queued" and job.started_at is not None):
         return "pause"  # paused, or paused and resumed again before its holder let go: a claim makes it running
     return "cancel" if job.status in ("cancelled", "failed", "succeeded") else None
+
+
+def _count_loss(session: Session, job: Job) -> bool:
+    """Note that whoever trained the job died; whether that was once too often, which ends it."""
+    job.num_losses += 1
+    if job.num_losses <= MAX_LOSSES:
+        return False
+    message = f"The job's worker died {MAX_LOSSES} times without a checkpoint in between."
+    _end(session, job, "failed", {"code": "worker_lost", "message": message, "param": None})
+    return True
 
 
 def _let_go(job: Job) -> None:
@@ -380,9 +400,9 @@ def _result_table(session: Session, job: str) -> bytes:
     return text.getvalue().encode()
 
 
-def live_workers(session: Session, base: str | None, now: float) -> list[Worker]:
-    """Workers whose lease has not run out, of one base or of all."""
+def live_workers(session: Session, base: HeldBase | None, now: float) -> list[Worker]:
+    """Workers whose lease has not run out: those that hold this, or all."""
     query = select(Worker).where(Worker.lease_until > now)
     if base is not None:
-        query = query.where(Worker.base == base)
+        query = query.where(Worker.held_base == base)
     return list(session.scalars(query.order_by(func.length(Worker.id), Worker.id)))

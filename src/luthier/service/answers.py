@@ -79,7 +79,7 @@ def job_object(job: Job, cost: float) -> dict[str, Any]:
         "trained_tokens": job.trained_tokens if job.status in ("succeeded", "failed", "cancelled") else None,
         "training_file": job.training_file,
         "validation_file": job.validation_file,
-        "estimated_finish": None,
+        "estimated_finish": _estimated_finish(job),
         "integrations": [],
         "metadata": job.labels or None,
         "method": method,
@@ -94,6 +94,20 @@ def job_object(job: Job, cost: float) -> dict[str, Any]:
             "evaluation": job.evaluation,
         },
     }
+
+
+def _estimated_finish(job: Job) -> int | None:
+    """When the job's last step is done at the pace since it was taken up last; None where no pace is known yet."""
+    if job.status != "running" or None in (job.total_steps, job.pace_step, job.pace_at, job.stepped_at):
+        return None
+    assert job.total_steps is not None
+    assert job.pace_step is not None
+    assert job.pace_at is not None
+    assert job.stepped_at is not None
+    num_steps = job.step - job.pace_step
+    if num_steps <= 0:
+        return None
+    return job.stepped_at + round((job.stepped_at - job.pace_at) / num_steps * (job.total_steps - job.step))
 
 
 def event_object(event: Event) -> dict[str, Any]:
@@ -140,7 +154,14 @@ def model_object(model: Model) -> dict[str, Any]:
         "object": "model",
         "created": model.created_at,
         "owned_by": model.tenant,
-        "luthier": {"base": model.base, "task": model.task, "job": model.job, "lineage": model.lineage},
+        "luthier": {
+            "base": model.base,
+            "quantization": model.quantization or None,
+            "form": model.form,
+            "task": model.task,
+            "job": model.job,
+            "lineage": model.lineage,
+        },
     }
 
 

@@ -20,6 +20,7 @@ from luthier.service.context import Context
 from luthier.service.errors import error_body
 from luthier.service.tool_calls import Piece, ToolCallReader
 from luthier.store.database import new_id
+from luthier.store.held_base import HeldBase
 
 TEXT_TASKS = ("chat", "completion", "text")
 
@@ -96,7 +97,7 @@ class Answering:
         self._context.usage.record_request(
             tenant=self._caller.tenant,
             request=self._request.id,
-            base=self._model.base,
+            base=self._model.base.name,
             model=self._model.name,
             num_prompt_tokens=prompt,
             num_tokens=generated,
@@ -240,7 +241,7 @@ def find_model(context: Context, caller: Caller, name: str) -> Servable:
         MissingError: where the caller has no such model.
     """
     if context.bases.find(name) is not None:
-        return Servable(name, name, None, "chat")
+        return Servable(name, HeldBase(name), None, "chat")
     if not name.startswith("ft:"):
         raise no_such_model(name)
     return context.models.find(caller.tenant, name)

@@ -18,6 +18,7 @@ from luthier.registry.problems import InvalidRequestError, MissingError, QuotaEr
 from luthier.registry.seam import SampleEvent, SampleRequest
 from luthier.registry.work import live_workers
 from luthier.store.database import Database
+from luthier.store.held_base import HeldBase
 from luthier.store.tables import Worker
 
 _POLL_SECONDS = 0.25
@@ -43,7 +44,7 @@ class Dispatcher:
             await self._client.aclose()
             self._client = None
 
-    async def sample(self, base: str, request: SampleRequest) -> AsyncIterator[SampleEvent]:
+    async def sample(self, base: HeldBase, request: SampleRequest) -> AsyncIterator[SampleEvent]:
         """The reply's events as they come. Closing the iterator ends the reply at the worker.
 
         Raises:
@@ -69,23 +70,23 @@ class Dispatcher:
                     retry_after_seconds=5,
                 ) from error
 
-    async def predict(self, base: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def predict(self, base: HeldBase, body: dict[str, Any]) -> dict[str, Any]:
         """What a head model says about texts."""
-        async with self._post(base, "/v1/predict", body, body["adapter"]) as response:
+        async with self._post(base, "/v1/predict", body, body["adapter"] or "") as response:
             answer = json.loads(await response.aread())
         if answer.get("problem"):
             raise _problem(answer.get("status", 500), answer["problem"])
         return dict(answer)
 
-    def _post(self, base: str, path: str, body: dict[str, Any], adapter: str) -> _Posted:
+    def _post(self, base: HeldBase, path: str, body: dict[str, Any], adapter: str) -> _Posted:
         if self._client is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
             timeout = httpx.Timeout(_REPLY_SECONDS, connect=3.0)
             self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
         return _Posted(self, self._client, base, path, body, adapter)
 
-    async def workers(self, base: str, adapter: str) -> list[Worker]:
-        """Live workers of a base, the one that probably has the adapter already first.
+    async def workers(self, base: HeldBase, adapter: str) -> list[Worker]:
+        """Live workers that hold this, the one that probably has the adapter already first.
 
         Raises:
             UnavailableError: when there is none and none comes in time.
@@ -105,7 +106,7 @@ class Dispatcher:
                 )
             await asyncio.sleep(_POLL_SECONDS)
 
-    def _look_up(self, base: str, is_noted: bool) -> list[Worker]:
+    def _look_up(self, base: HeldBase, is_noted: bool) -> list[Worker]:
         with self._database.reading() as session:
             found = live_workers(session, base, self._database.now(session))
         if not found and not is_noted:
@@ -118,7 +119,13 @@ class _Posted:
     """A request under way: `async with` gives the response of the first worker that takes it."""
 
     def __init__(
-        self, owner: Dispatcher, client: httpx.AsyncClient, base: str, path: str, body: dict[str, Any], adapter: str
+        self,
+        owner: Dispatcher,
+        client: httpx.AsyncClient,
+        base: HeldBase,
+        path: str,
+        body: dict[str, Any],
+        adapter: str,
     ) -> None:
         self._owner = owner
         self._client = client

@@ -10,6 +10,7 @@ from luthier.errors import RecipeError
 from luthier.recipe import JobSpec, validate
 from luthier.registry.problems import InvalidRequestError
 from luthier.service.bodies import MAX_SEED, Hyperparameters, JobCreate
+from luthier.service.methods import check_method, inherited_method
 
 OWN_FIELDS = ("task", "method", "train", "evaluation")
 RESOLVED = ("epochs", "batch_size", "learning_rate")
@@ -68,14 +69,19 @@ class WantedJob:
         return spec, resolved
 
 
-def read_wish(body: JobCreate, base: str) -> WantedJob:
+def read_wish(body: JobCreate, base: str, parent_method: dict[str, Any] | None = None) -> WantedJob:
     """Check all of a create request that needs no file.
+
+    Args:
+        parent_method: The method of the tuned model to go on from; taken where the request names none.
 
     Raises:
         InvalidRequestError: for a method that is not served, or fields that contradict each other or do not hold.
     """
     hyper = _hyperparameters(body)
     own = dict(body.luthier or {})
+    if parent_method is not None:
+        own.setdefault("method", inherited_method(parent_method))
     hold_out = _hold_out(own.pop("validation", NO_VALIDATION), body)
     odd = [name for name in own if name not in OWN_FIELDS]
     if odd:
@@ -117,13 +123,7 @@ def check_own(own: dict[str, Any], base: str) -> JobSpec:
         spec = validate(JobSpec, values, "luthier")
     except RecipeError as error:
         raise InvalidRequestError(error.found, param="luthier", code="invalid_job_spec") from None
-    if spec.method.runs == "exclusive" or spec.method.quantization is not None:
-        raise InvalidRequestError(
-            f"method {spec.method.type} is not served yet; use lora, dora or ia3 over the base as it is, or train with "
-            f"`luthier train`.",
-            param="luthier",
-            code="method_not_served",
-        )
+    check_method(spec.method)
     return spec
 
 

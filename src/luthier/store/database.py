@@ -2,7 +2,8 @@
 
 Every change is one `writing()` block: one transaction, committed whole or not at all. SQLite has one writer at a time:
 a writing transaction takes the write lock at its beginning and others wait for it, instead of failing half-way for
-having read first. PostgreSQL runs at READ COMMITTED; verbs that check and then change lock the rows that they check.
+having read first. PostgreSQL runs at READ COMMITTED; verbs that check and then change lock the rows that they check,
+with `locking`, and where they are several in the order of `seq`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import create_engine, event, func, select
+from sqlalchemy import Select, create_engine, event, func, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -142,6 +143,19 @@ def _sqlite_engine(url: str) -> Engine:
 def _server_engine(url: str) -> Engine:
     # Parameters hold what tenants sent, which belongs in no log.
     return create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True, hide_parameters=True)
+
+
+Query = TypeVar("Query", bound="Select[Any]")
+
+
+def locking(query: Query, *, skip_locked: bool = False) -> Query:
+    """The query, with its rows locked until the transaction ends.
+
+    Adding a row takes a shared lock on each row that it names. A plain FOR UPDATE waits for those, so that two
+    transactions that each add a child and then lock its parent wait for each other. The lock taken here keeps others
+    from changing the row, and lets them name it. Where the row is going to be deleted, lock it plainly.
+    """
+    return query.with_for_update(key_share=True, skip_locked=skip_locked)
 
 
 def new_id(prefix: str, length: int = 24) -> str:

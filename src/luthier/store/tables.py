@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, composite, mapped_column
+
+from luthier.store.held_base import HeldBase
 
 _BIG = BigInteger().with_variant(Integer, "sqlite")  # only INTEGER counts by itself there
 
@@ -109,6 +111,8 @@ class Job(Table):
     """A fine-tuning job: what was asked for, how far it is, and who holds it.
 
     `holder`, `epoch` and `lease_until` are the lease. `status` is what the owner sees; the holder reads it as a wish.
+    `base`, `quantization` and `weights` are what a worker must hold to take it. `pace_step` and `pace_at` are its first
+    step since it was taken up last, and `stepped_at` when it did `step`.
     """
 
     __tablename__ = "jobs"
@@ -117,6 +121,9 @@ class Job(Table):
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
     status: Mapped[str] = mapped_column(String(20))
     base: Mapped[str] = mapped_column(String(255))
+    quantization: Mapped[str] = mapped_column(String(16), default="", server_default="")
+    weights: Mapped[str] = mapped_column(String(255), default="", server_default="")
+    held_base: Mapped[HeldBase] = composite("base", "quantization", "weights")
     model: Mapped[str] = mapped_column(String(512))
     tuned_model: Mapped[str] = mapped_column(String(512))
     spec: Mapped[dict[str, Any]]
@@ -137,6 +144,9 @@ class Job(Table):
     finished_at: Mapped[int | None]
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
+    pace_step: Mapped[int | None]
+    pace_at: Mapped[int | None]
+    stepped_at: Mapped[int | None]
     num_tokens_per_epoch: Mapped[int | None]
     trained_tokens: Mapped[int] = mapped_column(default=0)
     estimate: Mapped[dict[str, Any]]
@@ -199,13 +209,21 @@ class Permission(Table):
 
 
 class Model(Table):
-    """A tuned model: an adapter's files and where they came from."""
+    """A tuned model: its files and where they came from.
+
+    `base`, `quantization` and `weights` say over what it was trained; `form` what its files are: an "adapter" of the
+    bank, peft's "layers", or a "model" with weights of its own.
+    """
 
     __tablename__ = "models"
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(512), unique=True)
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
     base: Mapped[str] = mapped_column(String(255))
+    quantization: Mapped[str] = mapped_column(String(16), default="", server_default="")
+    weights: Mapped[str] = mapped_column(String(255), default="", server_default="")
+    held_base: Mapped[HeldBase] = composite("base", "quantization", "weights")
+    form: Mapped[str] = mapped_column(String(16), default="adapter", server_default="adapter")
     task: Mapped[str] = mapped_column(String(32))
     job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     step: Mapped[int | None]
@@ -249,6 +267,9 @@ class Worker(Table):
     __tablename__ = "workers"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     base: Mapped[str] = mapped_column(String(255), index=True)
+    quantization: Mapped[str] = mapped_column(String(16), default="", server_default="")
+    weights: Mapped[str] = mapped_column(String(255), default="", server_default="")
+    held_base: Mapped[HeldBase] = composite("base", "quantization", "weights")
     address: Mapped[str] = mapped_column(Text)
     secret: Mapped[str] = mapped_column(String(64))
     started_at: Mapped[int]
@@ -260,6 +281,9 @@ class Demand(Table):
 
     __tablename__ = "demands"
     base: Mapped[str] = mapped_column(String(255), primary_key=True)
+    quantization: Mapped[str] = mapped_column(String(16), primary_key=True, default="")
+    weights: Mapped[str] = mapped_column(String(255), primary_key=True, default="")
+    held_base: Mapped[HeldBase] = composite("base", "quantization", "weights")
     wanted_at: Mapped[float]
 
 

@@ -12,15 +12,14 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import TextIO
 
 from luthier.errors import LuthierError
-from luthier.worker.messages import SendingProgress, error_message
+from luthier.worker.messages import SendingProgress, error_message, own_messages
 
 
 def main() -> int:
     """Train the recipe that standard input brings. Exit codes: 0 done or refused, 130 interrupted, 1 a defect."""
-    messages = _own_messages()
+    messages = own_messages()
     order = json.loads(sys.stdin.readline())
     progress = SendingProgress(messages)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -38,13 +37,6 @@ def main() -> int:
         return 130
     progress.send(verb="result", status=result.status, evaluation=result.evaluation, result=result.result)
     return 0
-
-
-def _own_messages() -> TextIO:
-    """The real standard output, kept for messages: what libraries print goes to standard error from now on."""
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return messages
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import queue
-import signal
 import subprocess
-import sys
-import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from luthier.errors import LuthierError
 from luthier.recipe import Recipe
+from luthier.worker.child_process import ChildProcess
 from luthier.worker.killed import mark_killed
 from luthier.worker.messages import PROGRESS_VERBS, error_of, relay
 from luthier.worker.progress import Progress
@@ -29,7 +21,6 @@ from luthier.worker.run_folder import RunFolder
 STOP_SECONDS = 120.0
 """How long a child may take to save before it is killed."""
 
-NUM_LAST_WORDS = 4
 NO_SCORES: dict[str, Any] = {"num_rows": 0, "base": {}, "tuned": {}}
 
 
@@ -38,105 +29,34 @@ class Child:
     """One job's process.
 
     Attributes:
-        need_bytes: Predicted memory.
         ending: The last message but progress: a result, an error, or an interruption.
-        last_words: The end of its standard error.
     """
 
     recipe: Recipe
-    need_bytes: int
-    process: subprocess.Popen[bytes]
-    inbox: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
+    running: ChildProcess
     ending: dict[str, Any] | None = None
-    last_words: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_LAST_WORDS))
-    readers: list[threading.Thread] = field(default_factory=list)
 
     @classmethod
     def start(cls, recipe: Recipe, need_bytes: int, *, resume: bool) -> Child:
         """Start the process and hand it its recipe."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "luthier.worker.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-        )
-        child = cls(recipe, need_bytes, process)
-        child.readers = [
-            threading.Thread(target=read, daemon=True) for read in (child._read_messages, child._read_words)
-        ]
-        for reader in child.readers:
-            reader.start()
-        assert process.stdin is not None
         order = {"recipe": recipe.model_dump(mode="json"), "resume": resume}
-        with contextlib.suppress(BrokenPipeError):  # it died at once; its end says so
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            process.stdin.flush()
-        return child
+        return cls(recipe, ChildProcess.spawn("luthier.worker.child", order, need_bytes))
 
     @property
     def name(self) -> str:
         return str(Path(self.recipe.output))
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the process is gone and all that it said has been read."""
-        return self.process.poll() is not None and not any(reader.is_alive() for reader in self.readers)
-
-    @property
-    def bytes_to_come(self) -> int:
-        """What it is predicted to take beyond what it holds now."""
-        try:
-            held = psutil.Process(self.process.pid).memory_info().rss
-        except psutil.Error:
-            return 0
-        return max(0, self.need_bytes - held)
+    def process(self) -> subprocess.Popen[bytes]:
+        return self.running.process
 
     def drain(self, progress: Progress) -> None:
         """Pass on what it has said."""
-        while True:
-            try:
-                message = self.inbox.get_nowait()
-            except queue.Empty:
-                return
+        for message in self.running.messages():
             if message["verb"] in PROGRESS_VERBS:
                 relay(message, progress)
             else:
                 self.ending = message
-
-    def stop(self) -> None:
-        """Ask it to save and end."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-
-    def close(self) -> None:
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def problem(self) -> str:
-        """Why it ended without a result, in one line."""
-        code = self.process.returncode
-        words = " ".join(line.strip() for line in self.last_words if line.strip())[-300:]
-        if code is not None and code < 0:
-            how = f"was killed by signal {-code}"
-            hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
-        else:
-            how, hint = f"ended with code {code}", ""
-        return f"its process {how}{hint}" + (f"; its last words: {words}" if words else "")
-
-    def _read_messages(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
-                self.inbox.put(json.loads(line))
-
-    def _read_words(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.last_words.append(line.decode(errors="replace"))
 
 
 class Children:
@@ -180,7 +100,7 @@ class Children:
         """
         while self.waiting:
             recipe, need = self.waiting[0]
-            free = free_bytes - sum(child.bytes_to_come for child in self.running)
+            free = free_bytes - sum(child.running.bytes_to_come for child in self.running)
             if need > free and (beside_others or self.running):
                 if recipe.output not in self._told_to_wait:
                     self._told_to_wait.add(recipe.output)
@@ -195,18 +115,18 @@ class Children:
     def poll(self) -> None:
         """Pass on what the children say, and take in those that have ended."""
         for child in list(self.running):
-            has_ended = child.has_ended  # asked first, so that nothing said before the end is missed
+            has_ended = child.running.has_ended  # asked first, so that nothing said before the end is missed
             child.drain(self.progress)
             if has_ended:
                 self.running.remove(child)
-                child.close()
+                child.running.close()
                 self._take_end(child)
 
     def stop(self) -> None:
         """Let every child save and end; those that wait do not begin."""
         self.waiting.clear()
         for child in self.running:
-            child.stop()
+            child.running.stop()
         deadline = time.monotonic() + STOP_SECONDS
         while self.running:
             self.poll()
@@ -229,7 +149,7 @@ class Children:
             self.errors.append(error)
             said = problem = error.message
         else:
-            problem = child.problem()
+            problem = child.running.problem()
             self._mark_failed(path, problem)
             said = f"{problem}; {self.way_on} goes on from its last checkpoint"
         self.progress.note(f"{child.name} failed: {said}", "warning")

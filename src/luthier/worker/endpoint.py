@@ -42,7 +42,7 @@ class Desk(Protocol):
     def submit(self, task: Task) -> None:
         """Let the thread that runs the base take it in."""
 
-    def predict(self, adapter: str, texts: list[str]) -> dict[str, Any]:
+    def predict(self, adapter: str | None, texts: list[str]) -> dict[str, Any]:
         """What a head says about texts; raises LuthierError."""
 
 

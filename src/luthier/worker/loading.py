@@ -101,7 +101,7 @@ def check_optimizer(recipe: Recipe, device: str) -> None:
 
 def load_placed(placement: Placement, threads: int | None = None) -> Base:
     """Load the base where `placement` says."""
-    _set_threads(placement, threads)
+    set_threads(placement, threads)
     return load_base(
         placement.folder, device=placement.device, dtype=placement.dtype, quantization=placement.quantization
     )
@@ -109,11 +109,12 @@ def load_placed(placement: Placement, threads: int | None = None) -> Base:
 
 def load_own_placed(placement: Placement, spec: ExclusiveSpec, seed: int, threads: int | None = None) -> OwnBase:
     """Load a base for one exclusive job; errors as `methods.exclusive.layer.load_own`."""
-    _set_threads(placement, threads)
+    set_threads(placement, threads)
     return load_own(placement.folder, spec, seed=seed, device=placement.device, dtype=placement.dtype)
 
 
-def _set_threads(placement: Placement, threads: int | None) -> None:
+def set_threads(placement: Placement, threads: int | None) -> None:
+    """Let torch use so many threads on a CPU; None takes all that this process may use."""
     if placement.device == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
 
@@ -180,9 +181,9 @@ def load_tuned(run: RunFolder, recipe: Recipe, placement: Placement) -> Tuned:
     renderer = Renderer.load(folder)
     if folder == run.model:
         base = load_placed(replace(placement, folder=folder), recipe.compute.threads)
-        return Tuned(base, _classifier_slot(base, folder), None, renderer)
+        return Tuned(base, classifier_slot(base, folder), None, renderer)
     if recipe.method.runs == "exclusive":
-        _set_threads(placement, recipe.compute.threads)
+        set_threads(placement, recipe.compute.threads)
         model = load_model(placement.folder, device=placement.device, dtype=placement.dtype)
         peft_base = read_peft(model, placement.folder, folder)
         # A head has no counterpart in the base: the judge makes an untrained one on a base of its own.
@@ -196,7 +197,7 @@ def load_tuned(run: RunFolder, recipe: Recipe, placement: Placement) -> Tuned:
     return Tuned(base, slot.index, base_slot, renderer)
 
 
-def _classifier_slot(base: Base, folder: Path) -> int:
+def classifier_slot(base: Base, folder: Path) -> int:
     """A whole model that classifies keeps its head beside its body; a language model needs no slot."""
     head = next((tensors for tensors in _tensors_named(folder, CLASSIFIER_HEAD)), None)
     if head is None:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -87,3 +88,10 @@ def error_of(message: dict[str, Any]) -> LuthierError:
     """The error again."""
     kind = getattr(errors, str(message["kind"]), LuthierError)
     return kind(message["found"], message["expected"], message["fix"])
+
+
+def own_messages() -> TextIO:
+    """The real standard output, kept for messages: what libraries print goes to standard error from now on."""
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return messages

@@ -12,6 +12,7 @@ from typing import Any
 from luthier.base.load import Base
 from luthier.data.rows import RowError
 from luthier.data.template import Renderer
+from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, pack
 from luthier.engine.slot import Slot
 from luthier.engine.step import class_probabilities
@@ -20,7 +21,7 @@ from luthier.tasks.classification.render import ClassificationTask
 from luthier.tasks.classification.schema import LabelledText
 
 
-def predict(base: Base, slot: Slot, renderer: Renderer, folder: Path, texts: list[str]) -> dict[str, Any]:
+def predict(base: Base, slot: Slot | OwnSlot, renderer: Renderer, folder: Path, texts: list[str]) -> dict[str, Any]:
     """Classify texts as they were trained on.
 
     Raises:
@@ -49,6 +50,7 @@ def predict(base: Base, slot: Slot, renderer: Renderer, folder: Path, texts: lis
 
 
 def _labels(folder: Path) -> list[str]:
-    config = json.loads((folder / "classifier" / "config.json").read_text(encoding="utf-8"))
+    beside = folder / "classifier" / "config.json"  # an adapter's; a whole classifier has them in its own
+    config = json.loads((beside if beside.exists() else folder / "config.json").read_text(encoding="utf-8"))
     names = {int(index): label for index, label in config["id2label"].items()}
     return [names[index] for index in range(len(names))]

@@ -16,12 +16,15 @@ from luthier.checkpoints.checkpoint import checkpoint_folder
 from luthier.engine.job import StepReport, TrainingJob
 from luthier.engine.slot import Slot
 from luthier.recipe import Recipe, validate
-from luthier.registry.seam import CheckpointRecord, ClaimedJob, JobResult, StepRecord
+from luthier.registry.seam import CheckpointRecord, ClaimedJob, Form, JobResult, StepRecord
 from luthier.store.blobs import Blobs
 from luthier.worker.progress import SilentProgress
 from luthier.worker.run import Run
 from luthier.worker.run_folder import resolved_versions
 
+SCORES = "scores"
+"""Folder of what the base did on each held-out row: in a run, and beside a checkpoint's files, so that whoever goes on
+from it need not ask the base again, which a job that trains its weights could not."""
 SAVE_SECONDS = 60.0
 """A job saves at least this often: what a dead worker loses at most."""
 
@@ -33,6 +36,13 @@ class SavedFiles:
     folder: Path
     prefix: str
 
+    def to_dict(self) -> dict[str, str]:
+        return {"folder": str(self.folder), "prefix": self.prefix}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, str]) -> SavedFiles:
+        return cls(Path(values["folder"]), values["prefix"])
+
     def put(self, blobs: Blobs) -> tuple[str, int]:
         """Copy them into the store, and forget them here; returns digest and size."""
         written = blobs.put_folder(self.prefix, self.folder)  # where this fails, the files stay to be tried again
@@ -40,9 +50,46 @@ class SavedFiles:
         return written.sha256, written.num_bytes
 
 
+@dataclass(frozen=True)
+class JobFiles:
+    """A claimed job whose files are here, and its recipe over them.
+
+    Attributes:
+        folder: Where all of them lie.
+    """
+
+    claimed: ClaimedJob
+    folder: Path
+    recipe: Recipe
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints to resume from, until the run's folder takes them."""
+        return self.folder / "checkpoints"
+
+    @classmethod
+    def fetch(cls, claimed: ClaimedJob, blobs: Blobs, scratch: Path, source: str) -> JobFiles:
+        """Fetch them.
+
+        Args:
+            source: What the recipe names as the base.
+
+        Raises:
+            LuthierError: for files that are gone, or a spec that does not hold.
+        """
+        folder = scratch / "jobs" / claimed.claim.job
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        files = cls(claimed, folder, _recipe(claimed, blobs, folder, source))
+        for prefix in claimed.checkpoints:
+            files.checkpoints.mkdir(exist_ok=True)
+            blobs.get_folder(prefix, files.checkpoints / prefix.rsplit("/", 1)[-1])
+        return files
+
+
 @dataclass
 class RecordedRun:
-    """One claimed job. Made by `prepare`, in any thread; all else happens in the thread that runs the base."""
+    """One claimed job. Made by `begin`, in any thread; all else happens in the thread that runs the base."""
 
     claimed: ClaimedJob
     run: Run
@@ -51,23 +98,21 @@ class RecordedRun:
     last_report: StepReport | None = None
 
     @classmethod
-    def prepare(cls, claimed: ClaimedJob, blobs: Blobs, scratch: Path, source: str, base_folder: Path) -> RecordedRun:
-        """Fetch the job's files, check and render its data, and put its last checkpoint where the run looks for it.
+    def begin(cls, files: JobFiles, base_folder: Path) -> RecordedRun:
+        """Check and render the job's data, and put its last checkpoint where the run looks for it.
 
         Raises:
-            LuthierError: for data that does not hold, or files that are gone.
+            LuthierError: for data that does not hold.
         """
-        folder = scratch / "jobs" / claimed.claim.job
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        recipe = _recipe(claimed, blobs, folder, source)
-        run = Run.begin(recipe, base_folder, SilentProgress(), resume=False)
+        run = Run.begin(files.recipe, base_folder, SilentProgress(), resume=False)
         run.writes_report = False
-        for prefix in claimed.checkpoints:
-            run.folder.checkpoints.mkdir(exist_ok=True)
-            blobs.get_folder(prefix, run.folder.checkpoints / prefix.rsplit("/", 1)[-1])
-        run.resumed = bool(claimed.checkpoints)
-        return cls(claimed, run, folder)
+        run.resumed = bool(files.claimed.checkpoints)
+        if run.resumed:
+            for kept in files.checkpoints.glob(f"*/{SCORES}"):
+                shutil.rmtree(run.folder.path / SCORES, ignore_errors=True)
+                kept.replace(run.folder.path / SCORES)
+            files.checkpoints.replace(run.folder.checkpoints)
+        return cls(files.claimed, run, files.folder)
 
     @property
     def id(self) -> str:
@@ -79,7 +124,7 @@ class RecordedRun:
 
     @property
     def slot(self) -> Slot:
-        """The job's slot in the bank; exclusive methods are refused when a job is created."""
+        """The job's slot in the bank; an exclusive job runs in a child, which never asks."""
         slot = self.run.job.slot
         assert isinstance(slot, Slot), "an exclusive job came to the bank"
         return slot
@@ -125,6 +170,9 @@ class RecordedRun:
         self.saved_at = time.monotonic()
         name = f"tenants/{self.claimed.tenant}/jobs/{self.id}/{self.claimed.claim.epoch}/{path.name}"
         files = self._aside(path, name)
+        for kept in (self.run.folder.path / SCORES).glob("base*.json"):
+            (files.folder / SCORES).mkdir(exist_ok=True)
+            shutil.copyfile(kept, files.folder / SCORES / kept.name)
         metrics: dict[str, float] = {"step": step}
         if self.last_report is not None:
             metrics["train_loss"] = self.last_report.loss
@@ -139,7 +187,10 @@ class RecordedRun:
         """Finish the run; what is left is to store its adapter."""
         result = self.run.finish(peak_memory_bytes, device)
         name = f"tenants/{self.claimed.tenant}/models/{self.id}-{self.claimed.claim.epoch}"
-        files = self._aside(self.run.folder.adapter, name)
+        form: Form = (
+            "model" if not result.has_adapter else "adapter" if self.run.recipe.method.runs == "bank" else "layers"
+        )
+        files = self._aside(result.tuned, name)
         lineage: dict[str, Any] = {
             "base_sha256": result.result["base_sha256"],
             "data_sha256": result.result["data_sha256"],
@@ -147,7 +198,7 @@ class RecordedRun:
             "labels": list(self.run.data.task.labels),
             "versions": resolved_versions(),
         }
-        return files, JobResult(name, "", 0, lineage, result.evaluation, self.job.step)
+        return files, JobResult(name, "", 0, lineage, result.evaluation, self.job.step, form)
 
     def save(self) -> None:
         """Save the last whole step; what was gathered of the next is dropped."""
@@ -159,13 +210,18 @@ class RecordedRun:
 
     def public(self, message: str) -> str:
         """A message without places of this machine in it."""
-        return message.replace(f"{self.folder}/run", "the job").replace(f"{self.folder}/", "")
+        return public(message, self.folder)
 
     def _aside(self, folder: Path, prefix: str) -> SavedFiles:
         # Not under the job's folder: a copy goes on after the job has been dropped.
         target = self.folder.parent.parent / "outgoing" / secrets.token_hex(8)
         shutil.copytree(folder, target, copy_function=_link)
         return SavedFiles(target, prefix)
+
+
+def public(message: str, folder: Path) -> str:
+    """A message about a job whose files lie in `folder`, without places of this machine in it."""
+    return message.replace(f"{folder}/run", "the job").replace(f"{folder}/", "")
 
 
 def _recipe(claimed: ClaimedJob, blobs: Blobs, folder: Path, source: str) -> Recipe:

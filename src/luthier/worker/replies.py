@@ -85,11 +85,15 @@ class Replies:
 
     Args:
         max_prefill_tokens: Most prompt tokens in one forward: it bounds how long the others' next token waits.
+        home: Index of the slot that answers a request without an adapter.
     """
 
-    def __init__(self, base: Base, renderer: Renderer, slots: ServedSlots, max_prefill_tokens: int) -> None:
+    def __init__(
+        self, base: Base, renderer: Renderer, slots: ServedSlots, max_prefill_tokens: int, home: int = BASE_SLOT
+    ) -> None:
         self._base = base
         self._slots = slots
+        self._home = home
         self._sampler = Sampler(base, renderer.decode, max_prefill_tokens=max_prefill_tokens)
         self._tasks: dict[str, Task] = {}
         self._of_name: dict[str, tuple[Task, int]] = {}
@@ -111,7 +115,7 @@ class Replies:
             task.emit(SampleEvent(problem="a request with this id is here already", status=400))
             return
         try:
-            slot = BASE_SLOT
+            slot = self._home
             if request.adapter is not None and task.folder is not None:
                 slot = self._slots.borrow(request.adapter, task.folder).index
             self._tasks[request.id] = task

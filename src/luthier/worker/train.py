@@ -212,8 +212,6 @@ def _common_placement(recipes: Sequence[Recipe], progress: Progress) -> Placemen
     return placements[0]
 
 
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held: on the GPU, or resident on a CPU."""
     if device.type == "cuda":

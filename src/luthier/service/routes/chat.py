@@ -37,7 +37,7 @@ async def create_prediction(
 ) -> dict[str, Any]:
     """Name the class of each text, with the probabilities of all."""
     model = await run_in_threadpool(find_model, context, caller, body.model)
-    if model.adapter is None or model.task != "classification":
+    if model.task != "classification":
         raise InvalidRequestError(f"{body.model} has no head to predict with; chat with it.", param="model")
     texts = [body.input] if isinstance(body.input, str) else list(body.input)
     found = await context.dispatcher.predict(model.base, {"adapter": model.adapter, "texts": texts})
@@ -46,7 +46,7 @@ async def create_prediction(
         context.usage.record_request,
         tenant=caller.tenant,
         request=request.state.request_id,
-        base=model.base,
+        base=model.base.name,
         model=model.name,
         num_prompt_tokens=num_tokens,
         num_tokens=0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from fastapi import APIRouter
@@ -38,6 +39,7 @@ def metrics(context: ContextDep) -> str:
     gauges = [("luthier_jobs", {"status": s}, float(n)) for s, n in sorted(context.jobs.queue_length().items())]
     with context.database.reading() as session:
         workers = live_workers(session, None, context.database.now(session))
-    for base in sorted({worker.base for worker in workers}):
-        gauges.append(("luthier_workers", {"base": base}, float(sum(w.base == base for w in workers))))
+    held = Counter((worker.base, worker.quantization) for worker in workers)
+    for (base, quantization), count in sorted(held.items()):
+        gauges.append(("luthier_workers", {"base": base, "quantization": quantization}, float(count)))
     return context.measures.text(gauges)

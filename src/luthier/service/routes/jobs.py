@@ -17,6 +17,7 @@ from luthier.service.auth import ContextDep, Tuner
 from luthier.service.bodies import JobCreate, PermissionCreate
 from luthier.service.check import look_at
 from luthier.service.context import Context
+from luthier.service.methods import held_base
 from luthier.service.routes.common import ERRORS, After, IdPath, Limit, NamePath
 from luthier.service.specs import read_wish
 from luthier.store.tables import Job, Model
@@ -29,10 +30,12 @@ _METADATA = re.compile(r"^metadata\[(.{1,64})\]$")
 def create_job(body: JobCreate, caller: Tuner, context: ContextDep) -> dict[str, Any]:
     """Create a job. What is wrong with the request or a file is answered at once, with the line."""
     base, parent = _base_of(context, caller, body.model)
-    wanted = read_wish(body, base)
+    parent_job = context.jobs.get(caller.tenant, parent.job) if parent is not None else None
+    wanted = read_wish(body, base, parent_job.spec["method"] if parent_job is not None else None)
     train = context.files.get(caller.tenant, body.training_file)
     validation = context.files.get(caller.tenant, body.validation_file) if body.validation_file else None
     spec, _ = wanted.spec(num_rows=1, step_tokens=context.settings.step_tokens)
+    held, start_from = held_base(base, spec.method, parent)
     seen = look_at(
         spec,
         train,
@@ -51,7 +54,7 @@ def create_job(body: JobCreate, caller: Tuner, context: ContextDep) -> dict[str,
     with context.database.reading() as session:
         cost = round(num_tokens * price_of(session, base, "trained") / 1e6, 6)
     new = NewJob(
-        base=base,
+        base=held,
         model=body.model,
         spec=spec.model_dump(mode="json"),
         hyperparameters=resolved,
@@ -62,6 +65,7 @@ def create_job(body: JobCreate, caller: Tuner, context: ContextDep) -> dict[str,
         seed=wanted.seed,
         labels=body.metadata or {},
         parent=parent,
+        start_from=start_from,
         rows_checked=seen.is_whole,
         estimate={"trained_tokens": num_tokens, "cost": cost},
     )
