@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from luthier.errors import StorageError
 
@@ -48,8 +49,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, making its folder if need be. Lone surrogates are written as escapes.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` when the block ends well; its folder is made if need be.
+
+    Lone surrogates are written as escapes.
 
     Raises:
         StorageError: if it cannot be written; what was there before is still whole.
@@ -59,12 +63,18 @@ def write_text(path: Path, text: str) -> None:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                file.write(text)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step; as `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:

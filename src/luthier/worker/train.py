@@ -27,6 +27,7 @@ from luthier.methods.config import bank_spec, exclusive_spec
 from luthier.methods.exclusive.layer import check
 from luthier.methods.peft.fields import check_fields
 from luthier.recipe import Recipe
+from luthier.tasks.registry import head_of, task_for
 from luthier.worker.children import Children
 from luthier.worker.loading import Placement, check_optimizer, load_own_placed, load_placed, placement_of
 from luthier.worker.need import predicted_need
@@ -173,8 +174,11 @@ def _need(recipe: Recipe, progress: Progress) -> int:
             "the model to go on from as the base",
             f"name it under `base`, as in base: {recipe.start_from}",
         )
-    if recipe.task.type == "classification":
-        spec = replace(spec, num_classes=2)  # how many there are shows with the data; that there are any, now
+    kind = head_of(task_for(recipe.task))
+    if kind is not None:
+        spec = replace(
+            spec, num_classes=2, head=kind
+        )  # how many there are shows with the data; that there are any, now
     return predicted_need(recipe, placement, check(placement.folder, spec))
 
 
