@@ -1,12 +1,12 @@
 """Tagging: a text becomes one sequence, or several windows, in which each word's last token has a tag.
 
     once:   [BOS, where the tokenizer adds one] text
-    twice:  [BOS, where the tokenizer adds one] text "\n" text       with tags in the second copy alone
+    twice:  [BOS, where the tokenizer adds one] text "\n" text     with tags in the second copy alone
 
 The text is tokenized as a whole, as it is when the tuned model is used elsewhere, and a token belongs to the words
-whose characters it covers. A causal model has seen the whole of a word only at its last token, so the tag is read there; read
-twice, it has seen the words that follow too. Where one token ends two words, both have its tag: the first word's, or if
-that is O the second's.
+whose characters it covers. A causal model has seen the whole of a word only at its last token, so the tag is read
+there; read twice, it has seen the words that follow too. Where one token ends two words, both have its tag: the first
+word's, or if that is O the second's.
 
 A text that is too long is split into windows at the ends of words, each read by itself; no word is lost.
 """
