@@ -6,9 +6,9 @@
     python benchmarks/scenarios.py --data DIR wnut17 --set train.max_steps=60
 
 A set is a folder DIR/*/NAME with train.jsonl and test.jsonl, whose columns are those of its task; its recipe is
-benchmarks/scenarios/NAME.yaml, without paths. The test rows take no part in choosing anything: no checkpoint is kept by
-them, and no run is stopped. What is done already is not done again: each set's figures stand in OUT/NAME.json, and a run
-that was cut short goes on. The table of all that is done is written to OUT/table.md.
+benchmarks/scenarios/NAME.yaml, without paths. The test rows take no part in choosing anything: no checkpoint is kept
+by them, and no run is stopped. What is done already is not done again: each set's figures stand in OUT/NAME.json, and a
+run that was cut short goes on. The table of all that is done is written to OUT/table.md.
 """
 
 from __future__ import annotations
