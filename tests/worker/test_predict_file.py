@@ -110,6 +110,8 @@ def test_a_task_is_trained_judged_and_predicted_for(name: str, tiny_llama: Path,
     assert ("parts" in scores) == (name in ("tagging", "spans"))
     report = (run / "report.html").read_text()
     assert "</html>" in report
+    assert ("By type" in report) == (name in ("tagging", "spans"))
+    assert ("chrf: nrefs" in report) == (name == "translation")
     if name != "text":
         lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
         assert len(lines) == len(rows)
