@@ -104,8 +104,9 @@ def recipe_of(name: str, folder: Path, run: Path, on_split: bool, overrides: lis
     }
     values["output"] = str(run)
     values["evaluation"] = {"rows": 1_000_000, **values.get("evaluation", {})}
+    values["train"] = {"checkpoint_every": 25, **values.get("train", {})}
     if not on_split:
-        values["train"] = {**values.get("train", {}), "keep_best": False, "early_stopping": None}
+        values["train"] |= {"keep_best": False, "early_stopping": None}
         values["evaluation"]["every"] = 1_000_000
     return load_recipe(values, overrides)
 

@@ -195,6 +195,28 @@ def test_an_empty_split_is_told(name: str, tiny_llama: Path, tmp_path: Path) -> 
         trained(tiny_llama, tmp_path, task, rows, data={"validation": str(blank)})
 
 
+@pytest.mark.parametrize("method", [{"type": "full"}, {"type": "lokr"}])
+def test_a_tagger_of_an_exclusive_method_predicts_what_was_judged(
+    method: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    task, rows, _ = TASKS["tagging"]
+    run = trained(tiny_llama, tmp_path, task, rows, method=method)
+    judged = [json.loads(line)["tuned"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predict_file(run, tmp_path / "held.jsonl", tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert ["\n".join(f"{s['text']} [{s['label']}]" for s in line["spans"]) for line in lines] == judged
+
+
+def test_a_tagger_is_exported_whole(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    task, rows, _ = TASKS["tagging"]
+    run = trained(tiny_llama, tmp_path, task, rows)
+    luthier.export_run(run, output=tmp_path / "merged")
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "merged")
+    assert model.config.id2label == {0: "O", 1: "B-place", 2: "I-place"}
+
+
 def test_rows_without_any_entity_are_no_data(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds an entity"):
         trained(tiny_llama, tmp_path, "tagging", [{"tokens": [p], "tags": ["O"]} for p in "abcdefgh"])

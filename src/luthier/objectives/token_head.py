@@ -12,15 +12,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from luthier.objectives.language_modelling import TokenScores
-from luthier.objectives.sequence_head import class_logits, class_nll
+from luthier.objectives.sequence_head import class_logits
 
 
 def tag_logits(hidden_CD: Tensor, head_KD: Tensor, bias_K: Tensor) -> Tensor:
     """Logits [C, K] in the head's dtype."""
     return class_logits(hidden_CD, head_KD, bias_K)
-
-
-def tag_nll(logits_CK: Tensor, tags_C: Tensor) -> TokenScores:
-    """Cross-entropy of each token's tag, and whether the likeliest tag is the right one."""
-    return class_nll(logits_CK, tags_C)
