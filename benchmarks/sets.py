@@ -68,7 +68,7 @@ def render(data: Path, name: str, part: str, renderer: Renderer, num_rows: int |
     shaper = Shaper(task.name, template=SETS[name].template)
     records = [task.parse(shaper.shape(row)) for row in read_rows(data, name, part)]
     if task.objective == "sequence_head":
-        task = task.with_labels(sorted({str(task.label_of(record)) for record in records}))
+        task = task.with_labels(sorted({label for record in records for label in task.labels_of(record)}))
     examples: list[Example] = []
     for index, record in enumerate(records[:num_rows]):
         examples += task.examples(record, renderer, recipe.train.max_length, "end", index)

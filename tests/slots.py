@@ -1,6 +1,6 @@
 """Slots with random values, as after training; their logits, and what peft computes from their files.
 
-Shapes: L tokens of a sequence, V vocabulary, C classes.
+Shapes: L tokens of a sequence, V vocabulary, C classes or tags.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def random_sequences(lengths: Sequence[int], top: int, include: Sequence[int] = 
 
 @torch.inference_mode()
 def slot_logits(base: Base, slot: Slot, sequences: Sequence[Tokens]) -> list[Tensor]:
-    """The slot's logits: [L - 1, V] of the tokens that have a next one; with a sequence head, [C] of each sequence."""
+    """The slot's logits: [L - 1, V] of the tokens that have a next one; with a sequence head, [C] of each sequence.
+
+    With a token head, [L, C].
+    """
     weight = 0.0 if slot.head is not None else 1.0
     examples = [
         Example(tokens, np.r_[0.0, np.full(len(tokens) - 1, weight)].astype(np.float32), 0 if slot.head else -1)
@@ -57,6 +60,9 @@ def slot_logits(base: Base, slot: Slot, sequences: Sequence[Tokens]) -> list[Ten
     batch = pack([PackItem(example, slot.index) for example in examples])
     with base.bank.routed(base.routing(batch, training=False)):
         hidden_TD = base.forward(batch).hidden_TD
+    if slot.head is not None and slot.spec.head == "token":
+        logits_TC = class_logits(hidden_TD, slot.head.weight, slot.head.bias)
+        return list(logits_TC.split([len(tokens) for tokens in sequences]))
     if slot.head is not None:
         return list(class_logits(hidden_TD[batch.class_at_C], slot.head.weight))
     logits = base.logits(hidden_TD[batch.target_at_P], batch.target_segments)
@@ -90,21 +96,28 @@ def peft_logits(
     Args:
         num_tokens: Resize the vocabulary to this many first.
     """
-    model, classifies = peft_model(base_folder, adapter, num_tokens=num_tokens, dtype=dtype)
-    return model_logits(model, sequences, classifies=classifies)
+    model, has_head = peft_model(base_folder, adapter, num_tokens=num_tokens, dtype=dtype)
+    return model_logits(model, sequences, classifies=has_head)
 
 
 def peft_model(
     base_folder: Path, adapter: Path, *, num_tokens: int | None = None, dtype: str = "float64"
 ) -> tuple[Any, bool]:
-    """The adapter over a fresh base, by peft alone, and whether it is a classifier."""
+    """The adapter over a fresh base, by peft alone, and whether it classifies sequences or tokens."""
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     classifies = (adapter / "classifier").exists()
     if classifies:
         config = AutoConfig.from_pretrained(adapter, subfolder="classifier")
-        model = AutoModelForSequenceClassification.from_pretrained(base_folder, config=config, dtype=dtype)
+        is_token = "TokenClassification" in config.architectures[0]
+        kind = AutoModelForTokenClassification if is_token else AutoModelForSequenceClassification
+        model = kind.from_pretrained(base_folder, config=config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
     if num_tokens is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
 
 from packaging.version import Version
 
@@ -10,6 +12,21 @@ from luthier.errors import RecipeError
 
 MINIMUM_BITSANDBYTES = "0.50"
 """The first with 8-bit AdamW on a CPU and one dequantization for every processor; as in pyproject.toml."""
+
+
+def require_for_scoring(task: str, packages: Sequence[str]) -> None:
+    """Refuse a task whose scores need packages that are missing; none is loaded.
+
+    Raises:
+        RecipeError: naming them, and the extra to install.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise RecipeError(
+            f"task: {task} is scored by {' and '.join(missing)}, which {are} not installed",
+            fix="pip install 'luthier[tasks]'",
+        )
 
 
 def require_bitsandbytes(purpose: str) -> None:

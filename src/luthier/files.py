@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 from luthier.errors import StorageError
 
@@ -48,23 +50,41 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, making its folder if need be. Lone surrogates are written as escapes.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` when the block ends well; its folder is made if need be.
+
+    Lone surrogates are written as escapes.
 
     Raises:
         StorageError: if it cannot be written; what was there before is still whole.
     """
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+    with _replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="\n")
+        yield text
+        text.detach()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step; as `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one step, making its folder if need be; errors as `write_text`."""
+    """Replace a file in one step, making its folder if need be; errors as `atomic_file`."""
+    with _replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -34,7 +34,19 @@ class DataConfig(Strict):
     """One file or several: .jsonl, .json, .csv, .tsv, .parquet, or .txt for `task: text`."""
     validation: float | str | None = 0.1
     """A share of the training rows to hold out (0 to 0.5), a file, or null for none."""
-    format: Literal["auto", "chat", "prompt", "instruction", "sharegpt", "text", "classification"] = "auto"
+    format: Literal[
+        "auto",
+        "chat",
+        "prompt",
+        "instruction",
+        "sharegpt",
+        "qa",
+        "translation",
+        "tokens",
+        "spans",
+        "text",
+        "classification",
+    ] = "auto"
     """How rows are shaped; `auto` recognizes it from the columns."""
     fields: dict[str, str] = Field(default_factory=dict)
     """The task's field name -> the file's column name, where they differ, as in {prompt: question}."""
@@ -155,7 +167,8 @@ class JobSpec(Strict):
     base: str = "smollm2-135m-instruct"
     """A catalogue name, a Hub id, or (in a recipe) a folder."""
     task: TaskConfig = Field(default="chat", validate_default=True)  # type: ignore[assignment]
-    """What is learnt: chat, completion, text or classification; a name, or a mapping with `type` and options."""
+    """What is learnt: chat, completion, qa, translation, text, classification or tagging; a name, or a mapping with
+    `type` and options."""
     method: MethodConfig = Field(default="lora", validate_default=True)  # type: ignore[assignment]
     """How weights change; a name, or a mapping with `type` and options."""
     train: TrainConfig = TrainConfig()

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
-Objective = Literal["language_modelling", "sequence_head"]
+Objective = Literal["language_modelling", "sequence_head", "token_head"]
+
+HeadKind = Literal["sequence", "token"]
+"""What a head says a class of: a whole sequence, or single tokens."""
 
 NO_CLASS = -1
 """`Example.class_index` of an example that has no class."""
@@ -30,6 +33,7 @@ class Example:
             (labels are unshifted; the engine shifts them in one place). `weights[0]` is always 0. All 0 for objectives
             that do not model language.
         class_index: The target of the sequence head, or `NO_CLASS`.
+        tags: int32 [length]. The token head's targets, `NO_CLASS` at tokens without one; None for other objectives.
         row: Index (from 0) of the source record in its dataset; several examples may share one.
     """
 
@@ -37,6 +41,7 @@ class Example:
     weights: NDArray[np.float32]
     class_index: int = NO_CLASS
     row: int = 0
+    tags: NDArray[np.int32] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -60,12 +65,14 @@ class Prompt:
         reference: The expected continuation as text.
         text: The prompt as a person would read it, for reports.
         row: Index of the record in its dataset.
+        choices: The only replies there are, as texts; empty where the reply is free.
     """
 
     tokens: NDArray[np.int32]
     reference: str
     text: str
     row: int = 0
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,8 @@ class AdapterSpec:
             those that are named as feed-forward layers usually are.
         modules_to_save: Names of modules trained in full, a copy a slot.
         new_tokens: Token ids whose embedding rows the slot trains; ids past the base's vocabulary are new rows.
-        num_classes: Size of the sequence head, or None for none.
+        num_classes: Size of the head, or None for none.
+        head: What the head says a class of.
     """
 
     method: str = "lora"
@@ -102,6 +110,7 @@ class AdapterSpec:
     modules_to_save: tuple[str, ...] = ()
     new_tokens: tuple[int, ...] = ()
     num_classes: int | None = None
+    head: HeadKind = "sequence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +122,8 @@ class ExclusiveSpec:
         num_layers: Blocks that `last_layers` trains.
         peft_type: PEFT's own word for the method, as in "BOFT", where `method` is "peft".
         options: Fields of PEFT's config of that method.
-        num_classes: Size of the sequence head, or None for none.
+        num_classes: Size of the head, or None for none.
+        head: What the head says a class of.
         total_steps: Optimizer steps of the job, for a method that plans with them (AdaLoRA).
     """
 
@@ -122,6 +132,7 @@ class ExclusiveSpec:
     peft_type: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     num_classes: int | None = None
+    head: HeadKind = "sequence"
     total_steps: int | None = None
 
     @property

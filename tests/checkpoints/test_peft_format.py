@@ -36,6 +36,10 @@ SPECS = {
     "classes": AdapterSpec(rank=2, num_classes=3),
     "classes and a norm": AdapterSpec(rank=2, num_classes=3, modules_to_save=("norm",)),
     "classes and tokens": AdapterSpec(rank=2, num_classes=4, new_tokens=(9, 12)),
+    "tags": AdapterSpec(rank=2, num_classes=3, head="token"),
+    "tags, a norm and tokens": AdapterSpec(
+        rank=2, num_classes=5, head="token", modules_to_save=("norm",), new_tokens=(9, 12)
+    ),
     "dora": AdapterSpec(method="dora", rank=3, alpha=7.5, rank_stabilized=True, dropout=0.1),
     "dora on the output layer": AdapterSpec(method="dora", rank=2, targets=("o_proj", "lm_head")),
     "dora and new tokens": AdapterSpec(method="dora", rank=2, new_tokens=(321, 9, 320)),
@@ -90,6 +94,25 @@ def test_the_slots_differ_from_the_base(base: Base) -> None:
             assert far > 1e-3, name
             base.bank.remove(slot)
     base.bank.remove(plain)
+
+
+def test_a_tagger_reloads_with_its_names_by_transformers_and_by_peft(llama: Base, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForTokenClassification
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    spec, names = AdapterSpec(rank=4, num_classes=3, head="token"), ["O", "B-place", "I-place"]
+    slot = stirred(llama, spec)
+    write_adapter(slot, llama, tmp_path, base_name=str(llama.folder), labels=names, pad_token_id=2)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "TOKEN_CLS"
+    config = AutoConfig.from_pretrained(tmp_path, subfolder="classifier")
+    assert config.id2label == dict(enumerate(names))
+    sequences = random_sequences((4, 9, 30), 300, seed=3)
+    ours = slot_logits(llama, slot, sequences)
+    assert [tuple(logits.shape) for logits in ours] == [(4, 3), (9, 3), (30, 3)]
+    alone = AutoModelForTokenClassification.from_pretrained(tmp_path, config=config, dtype="float64").eval()
+    by_peft = AutoPeftModelForTokenClassification.from_pretrained(tmp_path, num_labels=3, dtype=torch.float64).eval()
+    for model in (alone, by_peft):
+        assert distance(ours, model_logits(model, sequences, classifies=True)) < 1e-9
 
 
 def test_short_names_are_written_where_they_mean_the_same(llama: Base, tmp_path: Path) -> None:

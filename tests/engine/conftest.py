@@ -14,7 +14,7 @@ from torch import Tensor
 from luthier.base.load import Base, load_base
 from luthier.engine.engine import Engine
 from luthier.engine.job import StepReport, TrainingJob
-from luthier.types import AdapterSpec, Example, TrainSpec
+from luthier.types import NO_CLASS, AdapterSpec, Example, TrainSpec
 
 ARCHITECTURES = ("tiny_llama", "tiny_phi3")
 
@@ -50,8 +50,11 @@ def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def make_examples() -> Callable[..., list[Example]]:
-    def make(num: int, seed: int, *, longest: int = 44, classes: int = 0) -> list[Example]:
-        """Random examples, some longer than the sliding window (24) and than LongRoPE's short class (32)."""
+    def make(num: int, seed: int, *, longest: int = 44, classes: int = 0, head: str = "sequence") -> list[Example]:
+        """Random examples, some longer than the sliding window (24) and than LongRoPE's short class (32).
+
+        With `classes` each has one, or with a token head a tag at some of its tokens, the last included.
+        """
         random = np.random.default_rng(seed)
         examples = []
         for row in range(num):
@@ -60,6 +63,11 @@ def make_examples() -> Callable[..., list[Example]]:
             weights = np.zeros(length, dtype=np.float32)
             if not classes:
                 weights[random.integers(1, length) :] = 1.0
+            if head == "token":
+                tags = random.integers(classes, size=length).astype(np.int32)
+                tags[:-1][random.random(length - 1) < 0.5] = NO_CLASS
+                examples.append(Example(tokens, weights, row=row, tags=tags))
+                continue
             examples.append(Example(tokens, weights, int(random.integers(classes)) if classes else -1, row))
         return examples
 
@@ -75,8 +83,9 @@ KINDS = {
     5: AdapterSpec(method="dora", rank=2, alpha=4.0, rank_stabilized=True, dropout=0.2, lora_plus_ratio=4.0),
     6: AdapterSpec(method="ia3", targets="default"),
     7: AdapterSpec(rank=3, alpha=6.0, init="pissa", lora_plus_ratio=2.0),
+    8: AdapterSpec(rank=3, alpha=6.0, targets=("o_proj", "down_proj"), num_classes=5, head="token"),
 }
-"""Quite different slots: every method, with and without dropout, on all layers and on some, with a head."""
+"""Quite different slots: every method, with and without dropout, on all layers and on some, with each kind of head."""
 
 UNDROPPED = [kind for kind, spec in KINDS.items() if spec.dropout == 0]
 """Together they take the fused path."""
@@ -96,6 +105,7 @@ def train_of(kind: int) -> TrainSpec:
         TrainSpec(epochs=1, batch_size=3, learning_rate=3e-3, seed=6),
         TrainSpec(epochs=2, batch_size=4, learning_rate=2e-2, weight_decay=0.1, seed=7),
         TrainSpec(epochs=1, batch_size=4, learning_rate=3e-3, seed=8),
+        TrainSpec(epochs=2, batch_size=5, learning_rate=1e-2, micro_batch_tokens=64, weight_decay=0.1, seed=9),
     ][kind]
 
 
@@ -103,7 +113,8 @@ def add_job(engine: Engine, kind: int, make_examples: Callable[..., list[Example
     """Job number `kind`, the same whatever engine it is added to."""
     spec = spec_of(kind)
     slot = engine.base.bank.add(spec, seed=kind)
-    job = TrainingJob(f"job-{kind}", slot, make_examples(num, kind, classes=spec.num_classes or 0), train_of(kind))
+    examples = make_examples(num, kind, classes=spec.num_classes or 0, head=spec.head)
+    job = TrainingJob(f"job-{kind}", slot, examples, train_of(kind))
     engine.add(job)
     return job
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.conftest import add_job, run_all
@@ -128,15 +129,17 @@ def test_a_target_that_is_not_there_names_its_neighbours(llama: Base) -> None:
 
 
 def test_scores_equal_the_training_losses(folder: Path, make_examples: MakeExamples) -> None:
-    """Sequence by sequence, for language and classes at once."""
+    """Sequence by sequence, for language, classes and tags at once."""
     base = load_base(folder, dtype="float64")
     language, classes = base.bank.add(AdapterSpec(rank=2), 0), base.bank.add(AdapterSpec(rank=2, num_classes=4), 1)
+    tags = base.bank.add(AdapterSpec(rank=2, num_classes=3, head="token"), 2)
     items = [PackItem(example, language.index) for example in make_examples(5, 0)]
     items += [PackItem(example, classes.index) for example in make_examples(5, 1, classes=4)]
+    items += [PackItem(example, tags.index) for example in make_examples(5, 2, classes=3, head="token")]
     batch = pack(items)
-    reports = train_step(base, batch, {language.index: 1.0, classes.index: 1.0})
+    reports = train_step(base, batch, {slot.index: 1.0 for slot in (language, classes, tags)})
     scores = score(base, batch)
-    for slot, rows in ((language, scores[:5]), (classes, scores[5:])):
+    for slot, rows in ((language, scores[:5]), (classes, scores[5:10]), (tags, scores[10:])):
         assert sum(row.nll_sum for row in rows) == pytest.approx(reports[slot.index].nll_sum, rel=1e-12)
         assert sum(row.weight_sum for row in rows) == pytest.approx(reports[slot.index].weight_sum)
         assert sum(row.num_targets for row in rows) == reports[slot.index].num_supervised_tokens
@@ -146,12 +149,21 @@ def test_scores_equal_the_training_losses(folder: Path, make_examples: MakeExamp
         assert (row.predicted_class >= 0) == is_class
         if is_class:
             assert row.num_correct == int(row.predicted_class == item.example.class_index)
+        if item.slot == tags.index:
+            assert item.example.tags is not None
+            wanted = item.example.tags[item.example.tags >= 0]
+            assert row.probabilities_CK is not None
+            assert row.probabilities_CK.shape == (len(wanted), 3)
+            np.testing.assert_allclose(row.probabilities_CK.sum(axis=1), 1.0, rtol=1e-5)
+            assert row.num_correct == int((row.probabilities_CK.argmax(axis=1) == wanted).sum())
+        else:
+            assert (row.probabilities_CK is None) == (item.slot == language.index)
 
 
 def test_a_class_without_a_head_is_refused(llama: Base, make_examples: MakeExamples) -> None:
     slot = llama.bank.add(AdapterSpec(rank=2), 0)
     batch = pack([PackItem(example, slot.index) for example in make_examples(2, 0, classes=3)])
-    with pytest.raises(ValueError, match="no sequence head"):
+    with pytest.raises(ValueError, match="no head"):
         train_step(llama, batch, {slot.index: 2.0})
 
 

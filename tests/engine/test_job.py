@@ -16,7 +16,7 @@ from luthier.engine.engine import Engine
 from luthier.engine.job import LossWatch, TrainingJob, loss_weight, split_by_tokens, total_steps
 from luthier.engine.pack import PackItem
 from luthier.engine.step import SlotReport
-from luthier.types import AdapterSpec, Example, TrainSpec
+from luthier.types import NO_CLASS, AdapterSpec, Example, TrainSpec
 
 MakeExamples = Callable[..., list[Example]]
 
@@ -174,6 +174,8 @@ def test_loss_weight() -> None:
     tokens = np.arange(3, dtype=np.int32)
     assert loss_weight(Example(tokens, np.array([9, 0.5, 2], np.float32))) == 2.5  # nothing predicts the first token
     assert loss_weight(Example(tokens, np.zeros(3, np.float32), class_index=0)) == 1
+    tags = np.array([NO_CLASS, 0, 4], np.int32)
+    assert loss_weight(Example(tokens, np.zeros(3, np.float32), tags=tags)) == 2
 
 
 # -- trouble

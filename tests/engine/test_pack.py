@@ -46,6 +46,16 @@ def test_layout_by_hand() -> None:
     assert (batch.num_tokens, batch.num_sequences, batch.max_length) == (10, 4, 4)
 
 
+def test_tags_lie_at_the_tokens_that_have_one() -> None:
+    tags = np.array([NO_CLASS, 2, NO_CLASS, 0], np.int32)
+    tagged = Example(np.array([10, 11, 12, 13], np.int32), np.zeros(4, np.float32), tags=tags)
+    batch = pack([PackItem(tagged, 5), PackItem(example([20, 21], [0, 0], class_index=1), 3)])
+    assert batch.class_at_C.tolist() == [1, 3, 5]
+    assert batch.class_index_C.tolist() == [1, 2, 0]
+    assert batch.class_rows_C.tolist() == [0, 1, 1]
+    assert batch.class_segments == (Segment(3, 0, 1), Segment(5, 1, 3))
+
+
 def test_no_loss_crosses_from_one_sequence_to_the_next() -> None:
     """A weight on a sequence's first token has nothing to be predicted from, and never reads its neighbour."""
     batch = pack([PackItem(example([1, 2], [1, 1]), 0), PackItem(example([3, 4], [1, 1]), 0)])

@@ -40,6 +40,7 @@ CLASSIFIER = AdapterSpec(rank=3, alpha=6.0, targets=("o_proj", "down_proj"), num
 KINDS = {
     "language modelling": LM,
     "classification": CLASSIFIER,
+    "tagging": AdapterSpec(rank=3, alpha=6.0, targets=("o_proj", "down_proj"), num_classes=4, head="token"),
     "lora+": AdapterSpec(rank=4, alpha=8.0, lora_plus_ratio=4.0),
     "dora": AdapterSpec(method="dora", rank=4, alpha=8.0),
     "dora classification": AdapterSpec(method="dora", rank=3, alpha=6.0, rank_stabilized=True, num_classes=4),
@@ -50,13 +51,21 @@ KINDS = {
 def peft_model(base: Base, adapter: Path, dtype: torch.dtype) -> Any:
     """The adapter over a fresh base, ready to be trained, by peft alone."""
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     assert base.folder is not None
     model: Any
     if (adapter / "classifier").exists():
         config = AutoConfig.from_pretrained(adapter, subfolder="classifier")
-        model = AutoModelForSequenceClassification.from_pretrained(base.folder, config=config, dtype=dtype)
+        config.classifier_dropout = 0.0  # transformers' token classifiers drop a tenth by default
+        is_token = "TokenClassification" in config.architectures[0]
+        kind = AutoModelForTokenClassification if is_token else AutoModelForSequenceClassification
+        model = kind.from_pretrained(base.folder, config=config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
@@ -69,7 +78,7 @@ def trained_by_peft(model: Any) -> dict[str, torch.nn.Parameter]:
         if parameter.requires_grad:
             short = name.removeprefix("base_model.model.").replace(".default", "")
             short = short.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-            named["head.weight" if short == "score.modules_to_save.weight" else short] = parameter
+            named[short.replace("score.modules_to_save.", "head.")] = parameter
     return named
 
 
@@ -109,6 +118,18 @@ def class_loss(model: Any, rows: list[Example]) -> Tensor:
     return F.cross_entropy(logits, torch.tensor([row.class_index for row in rows]), reduction="sum")
 
 
+def tag_loss(model: Any, rows: list[Example]) -> Tensor:
+    """Summed over the tagged tokens."""
+    inputs = padded(rows)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for index, row in enumerate(rows):
+        assert row.tags is not None
+        tagged = torch.from_numpy(row.tags >= 0)
+        labels[index, : row.num_tokens][tagged] = torch.from_numpy(row.tags.astype(np.int64))[tagged]
+    logits = model(**inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
 def usual_loop(
     model: Any, batches: Sequence[list[Example]], train: TrainSpec, lora_plus_ratio: float = 1.0
 ) -> tuple[list[float], list[float]]:
@@ -129,11 +150,14 @@ def usual_loop(
     schedule = get_cosine_schedule_with_warmup(adamw, 0, len(batches))
     losses, norms = [], []
     for batch in batches:
-        is_class = batch[0].class_index >= 0
-        count = len(batch) if is_class else sum(int((row.weights[1:] > 0).sum()) for row in batch)
+        compute, count = language_modelling_loss, sum(int((row.weights[1:] > 0).sum()) for row in batch)
+        if batch[0].class_index >= 0:
+            compute, count = class_loss, len(batch)
+        elif batch[0].tags is not None:
+            compute, count = tag_loss, sum(int((row.tags >= 0).sum()) for row in batch if row.tags is not None)
         total = 0.0
         for rows in micro_batches(batch):
-            loss = (class_loss if is_class else language_modelling_loss)(model, rows) / count
+            loss = compute(model, rows) / count
             loss.backward()
             total += float(loss.detach())
         losses.append(total)
@@ -171,7 +195,7 @@ def test_the_loss_curve_and_the_adapter_equal_pefts(
     folder: Path, kind: str, dtype: torch.dtype, make_examples: MakeExamples, tmp_path: Path
 ) -> None:
     spec = KINDS[kind]
-    examples = make_examples(22, 0, classes=spec.num_classes or 0)
+    examples = make_examples(22, 0, classes=spec.num_classes or 0, head=spec.head)
     assert {example.num_tokens > ORIGINAL_MAX_POSITIONS for example in examples} == {True, False}
     job, reports, theirs, (losses, norms) = train_both(folder, spec, examples, dtype, tmp_path)
     loss_tolerance, adapter_tolerance = TOLERANCES[dtype]

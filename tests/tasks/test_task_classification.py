@@ -22,7 +22,7 @@ SETTLED = TASK.with_labels(["high", "low"])
 def test_an_example_has_a_class_and_no_token_loss(tmp_path: Path) -> None:
     renderer = Renderer.load(write_family(tmp_path, "llama3"))
     record = TASK.parse({"text": "two plus two", "label": "low"})
-    assert TASK.label_of(record) == "low"
+    assert TASK.labels_of(record) == ("low",)
     (example,) = SETTLED.examples(record, renderer, 2048, row=9)
     assert example.tokens.tolist() == [renderer.bos_id, *renderer.encode("two plus two")]
     assert not example.weights.any()

@@ -13,7 +13,7 @@ from luthier.base.folder import read_json
 from luthier.errors import ModelError
 from luthier.methods.file_format import FileFormat, by_pattern
 from luthier.methods.formats import FORMATS
-from luthier.types import AdapterSpec
+from luthier.types import AdapterSpec, HeadKind
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
@@ -21,9 +21,11 @@ PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-TASK_TYPES = (None, "CAUSAL_LM", "SEQ_CLS")
+HEADS: dict[str, HeadKind] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}
+"""PEFT's task types with a head."""
+TASK_TYPES = (None, "CAUSAL_LM", *HEADS)
 HEAD_NAMES = ("score", "classifier")
-"""What transformers calls the head of a sequence classifier."""
+"""What transformers calls the head of a classifier."""
 
 _FIELDS = frozenset(
     {
@@ -57,7 +59,7 @@ class AdapterFiles:
         modules_to_save: Modules trained in full, without the classifier's head.
         new_tokens: Token ids with trained embedding rows.
         task_type: PEFT's, or None.
-        num_classes: Rows of the sequence head, or None.
+        num_classes: Rows of the head, or None.
         shapes: Tensor name as in the file -> its shape.
         dtypes: Tensor name -> the safetensors type, as in "F32".
     """
@@ -104,6 +106,7 @@ class AdapterFiles:
             modules_to_save=self.modules_to_save,
             new_tokens=self.new_tokens,
             num_classes=self.num_classes,
+            head=HEADS.get(self.task_type or "", "sequence"),
         )
 
 
@@ -122,7 +125,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     modules = _check_tensors(folder, form, config, shapes)
     task_type = config.get("task_type")
     saved = tuple(config.get("modules_to_save") or ())
-    if task_type == "SEQ_CLS":  # PEFT lists the classifier's head among them
+    if task_type in HEADS:  # PEFT lists the classifier's head among them
         saved = tuple(name for name in saved if name not in HEAD_NAMES)
     return AdapterFiles(
         folder=folder,
@@ -134,7 +137,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
         modules_to_save=saved,
         new_tokens=_new_tokens(folder, config),
         task_type=task_type,
-        num_classes=_num_classes(folder, shapes) if task_type == "SEQ_CLS" else None,
+        num_classes=_num_classes(folder, shapes) if task_type in HEADS else None,
         shapes=shapes,
         dtypes=dtypes,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from luthier.base.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from luthier.base.own import OwnBase
-from luthier.checkpoints.peft_format import CLASSIFIER_FOLDER, classifier_class, classifier_config
+from luthier.checkpoints.peft_format import CLASSIFIER_FOLDER, TASK_TYPES, classifier_class, classifier_config
 from luthier.checkpoints.peft_names import HEAD
 from luthier.checkpoints.tensor_file import read_tensors, write_tensors
 from luthier.engine.own import OwnSlot
@@ -118,15 +118,16 @@ def _write_classifier(base: OwnBase, folder: Path, labels: Sequence[str] | None,
     """The body with the head, as transformers' classifier of the architecture."""
     head = base.slot.head
     assert head is not None
-    config = classifier_config(base, head.out_features, labels, pad_token_id)
+    kind = base.slot.spec.head
+    config = classifier_config(base, head.out_features, labels, pad_token_id, kind)
     config.dtype = base.dtype
     model = base.as_transformers()
     with torch.device("meta"):
-        classifier: Any = classifier_class(config)(config)
+        classifier: Any = classifier_class(config, kind)(config)
     classifier.to(base.dtype)
     own = classifier.state_dict()
     state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
-    state[f"{HEAD}.weight"] = head.weight.detach().to(base.dtype)
+    state |= {f"{HEAD}.{name}": parameter.detach().to(base.dtype) for name, parameter in head.named_parameters()}
     classifier.load_state_dict(state, assign=True)
     classifier.save_pretrained(folder, max_shard_size=SHARD_BYTES)
 
@@ -150,7 +151,8 @@ def _write_adapter(
     (folder / "README.md").unlink(missing_ok=True)  # the run has a card of its own
     if base.slot.head is not None:
         _add_head(base, folder)
-        classes = classifier_config(base, base.slot.head.out_features, labels, pad_token_id)
+        spec = base.slot.spec
+        classes = classifier_config(base, base.slot.head.out_features, labels, pad_token_id, spec.head)
         classes.save_pretrained(str(folder / CLASSIFIER_FOLDER))
 
 
@@ -163,9 +165,10 @@ def _add_head(base: PeftBase, folder: Path) -> None:
 
     assert base.slot.head is not None
     tensors = read_tensors(folder / WEIGHTS_FILE)
-    write_tensors(folder / WEIGHTS_FILE, tensors | {f"{PREFIX}{HEAD}.weight": base.slot.head.weight})
+    head = {f"{PREFIX}{HEAD}.{name}": parameter for name, parameter in base.slot.head.named_parameters()}
+    write_tensors(folder / WEIGHTS_FILE, tensors | head)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config["task_type"] = "SEQ_CLS"
+    config["task_type"] = TASK_TYPES[base.slot.spec.head]
     config["modules_to_save"] = [*(config.get("modules_to_save") or []), HEAD]
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -13,7 +13,7 @@ A language-modelling adapter loads with `PeftModel.from_pretrained(model, folder
 
   gives equal logits; so does `PeftModel.from_pretrained(base, folder)` over a base that was loaded with that config.
   transformers pools at the last token that is not the padding token; a text never ends in it, so that is the text's
-  last token, alone or in a right-padded batch.
+  last token, alone or in a right-padded batch. A token head loads likewise, with `AutoModelForTokenClassification`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ from luthier.errors import ModelError, RecipeError
 from luthier.files import writing
 from luthier.methods.formats import FORMATS
 from luthier.methods.registry import METHODS
+from luthier.types import HeadKind
 
 __all__ = ["check_writable", "classifier_config", "load_values", "peft_config", "slot_from_adapter", "write_adapter"]
 
 CLASSIFIER_FOLDER = "classifier"
+TASK_TYPES: dict[HeadKind, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+"""PEFT's words for the kinds of heads."""
 NO_TARGETS = "dummy-target-modules"
 """PEFT's own word for an adapter that adapts no layer, but trains modules in full."""
 
@@ -56,7 +59,7 @@ def write_adapter(
     pad_token_id: int | None = None,
     revision: str | None = None,
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, and for a sequence head classifier/config.json.
+    """Write adapter_config.json and adapter_model.safetensors, and for a head classifier/config.json.
 
     Beside them stands trained_over.json, which peft passes over: the base's hash, quantization and type.
 
@@ -76,7 +79,7 @@ def write_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         peft_config(slot, base, base_name, revision).save_pretrained(str(folder))
         if slot.head is not None:
-            config = classifier_config(base, slot.head.out_features, labels, pad_token_id)
+            config = classifier_config(base, slot.head.out_features, labels, pad_token_id, slot.spec.head)
             config.save_pretrained(str(folder / CLASSIFIER_FOLDER))
     write_tensors(folder / WEIGHTS_FILE, to_peft(slot, base.bank))
     key = base.key()
@@ -122,7 +125,7 @@ def peft_config(slot: Slot, base: Base, base_name: str, revision: str | None = N
     saved = [*([HEAD] if slot.head is not None else []), *slot.saved_modules]
     fields: dict[str, Any] = {
         "modules_to_save": saved or None,
-        "task_type": "SEQ_CLS" if slot.head is not None else "CAUSAL_LM",
+        "task_type": TASK_TYPES[slot.spec.head] if slot.head is not None else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "revision": revision,
         "inference_mode": True,
@@ -134,12 +137,17 @@ def peft_config(slot: Slot, base: Base, base_name: str, revision: str | None = N
 
 
 def classifier_config(
-    base: Base, num_classes: int, labels: Sequence[str] | None = None, pad_token_id: int | None = None
+    base: Base,
+    num_classes: int,
+    labels: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+    kind: HeadKind = "sequence",
 ) -> Any:
     """The base's config with the classes, and with the padding token that transformers' pooling needs.
 
     Args:
         labels, pad_token_id: As in `write_adapter`.
+        kind: What the head says a class of.
 
     Raises:
         ModelError: when there are not as many labels as classes.
@@ -152,8 +160,8 @@ def classifier_config(
         raise ModelError(f"{len(names)} labels for a head of {num_classes} classes", "one label a class")
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    config.problem_type = "single_label_classification"
-    config.architectures = [classifier_class(config).__name__]
+    config.problem_type = "single_label_classification" if kind == "sequence" else None
+    config.architectures = [classifier_class(config, kind).__name__]
     text = config.get_text_config()
     text.pad_token_id = next(
         value for value in (pad_token_id, text.pad_token_id, _first(text.eos_token_id), 0) if value is not None
@@ -161,30 +169,44 @@ def classifier_config(
     return config
 
 
-def classifier_class(config: Any) -> type[nn.Module]:
-    """transformers' sequence classifier of this architecture.
+def classifier_class(config: Any, kind: HeadKind = "sequence") -> type[nn.Module]:
+    """transformers' sequence or token classifier of this architecture.
 
     Raises:
         RecipeError: where there is none.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    classes: Any = (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if kind == "sequence" else MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    )
+    if type(config) not in classes:
         raise RecipeError(
-            f"task: transformers has no sequence classifier for the architecture {config.model_type!r}",
+            f"task: transformers has no {kind} classifier for the architecture {config.model_type!r}",
             "an architecture with one, such as llama, mistral, qwen3, phi3 or gemma",
-            "use `task: completion` with the label as completion, or another base",
+            "use `task: completion` with the label as completion, or another base"
+            if kind == "sequence"
+            else "use another base",
         )
-    return cast(type[nn.Module], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
+    return cast(type[nn.Module], classes[type(config)])
+
+
+def head_kind(config: Any) -> HeadKind | None:
+    """What the head of a model with this config says a class of; None for a language model, or for no config."""
+    names = (getattr(config, "architectures", None) or ()) if config is not None else ()
+    if any("TokenClassification" in name for name in names):
+        return "token"
+    return "sequence" if any("SequenceClassification" in name for name in names) else None
 
 
 def _check_classifier(slot: Slot, base: Base) -> None:
     output = base.bank.output_name
     if output in slot.adapters or output in slot.saved_modules:
         raise _conflict(f"a classifier has no output layer, and {output} is to be trained", "leave it out")
-    if not _has_plain_head(classifier_class(base.config), base.config):
+    kind = slot.spec.head
+    if not _has_plain_head(classifier_class(base.config, kind), base.config):
         raise RecipeError(
-            f"task: transformers' sequence classifier for {base.config.model_type!r} has more than a plain head",
+            f"task: transformers' {kind} classifier for {base.config.model_type!r} has more than a plain head",
             "an architecture such as llama, mistral, qwen3, phi3 or gemma",
             "use `task: completion` with the label as completion, or another base",
         )
@@ -192,9 +214,9 @@ def _check_classifier(slot: Slot, base: Base) -> None:
 
 def _has_plain_head(model_class: type[nn.Module], config: Any) -> bool:
     """Whether the classes are one matrix times the hidden state; encoders put more layers in between."""
-    from transformers.modeling_layers import GenericForSequenceClassification
+    from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-    if issubclass(model_class, GenericForSequenceClassification):
+    if issubclass(model_class, GenericForSequenceClassification | GenericForTokenClassification):
         return True
     with torch.device("meta"):
         head = getattr(model_class(config), HEAD, None)

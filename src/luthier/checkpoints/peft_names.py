@@ -15,13 +15,13 @@ TOKENS = "token_adapter.trainable_tokens_delta"
 """What PEFT calls the rows of trained tokens within an embedding or output layer."""
 
 HEAD = "score"
-"""What transformers calls the head of a decoder's sequence classifier."""
+"""What transformers calls the head of a decoder's sequence or token classifier."""
 
 
 def peft_name(parameter: str, bank: Bank) -> str:
     """The file's name, with `PREFIX`, of a tensor as `Slot.tensors` and `Slot.parameters` name it."""
-    if parameter == "head.weight":
-        return f"{PREFIX}{HEAD}.weight"
+    if parameter in ("head.weight", "head.bias"):
+        return f"{PREFIX}{HEAD}.{parameter.partition('.')[2]}"
     if parameter == "token_rows.input":
         return f"{PREFIX}{bank.input_name}.{TOKENS}"
     if parameter == "token_rows.output":

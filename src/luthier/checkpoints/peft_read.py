@@ -142,6 +142,8 @@ def _take_apart(bank: Bank, files: AdapterFiles) -> _Contents:
     if files.num_classes is not None:
         head = next(name for name in HEAD_NAMES if f"{name}.weight" in tensors)
         contents.values["head.weight"] = tensors.pop(f"{head}.weight")
+        if f"{head}.bias" in tensors:
+            contents.values["head.bias"] = tensors.pop(f"{head}.bias")
     _take_saved(bank, files, tensors, contents)
     _take_token_rows(bank, files, tensors, contents)
     if tensors:

@@ -258,7 +258,7 @@ def _print_sample(console: Console, row: CheckedRow, renderer: Renderer | None, 
     is_marked = not console.is_terminal or console.no_color
     for number, example in enumerate(row.examples, 1):
         of = f", example {number} of {len(row.examples)}" if len(row.examples) > 1 else ""
-        supervised = sum(1 for weight in example.weights if weight > 0)
+        supervised = sum(_flags(example))
         title = f"\n{row.place}{of}: {example.num_tokens} tokens, {supervised} supervised"
         text = Text(f"{title}\n", style="")
         text.stylize("bold")
@@ -273,7 +273,7 @@ def _print_sample(console: Console, row: CheckedRow, renderer: Renderer | None, 
 
 def supervised_segments(example: Example, renderer: Renderer) -> list[tuple[str, bool]]:
     """The example's text, special tokens visible, in runs of tokens that do or do not carry loss."""
-    flags = [bool(weight > 0) for weight in example.weights]
+    flags = _flags(example)
     borders = [index for index in range(1, len(flags)) if flags[index] != flags[index - 1]] + [len(flags)]
     segments: list[tuple[str, bool]] = []
     shown = ""
@@ -283,6 +283,12 @@ def supervised_segments(example: Example, renderer: Renderer) -> list[tuple[str,
         segments.append((text[len(shown) :], flags[border - 1]))
         shown = text
     return segments
+
+
+def _flags(example: Example) -> list[bool]:
+    """Whether each token carries loss, or has a tag."""
+    learnt = example.weights > 0 if example.tags is None else example.tags != NO_CLASS
+    return [bool(flag) for flag in learnt]
 
 
 def _sample_as_json(row: CheckedRow, renderer: Renderer | None, report: DataReport) -> list[dict[str, Any]]:

@@ -25,8 +25,11 @@ class TaskName(StrEnum):
 
     chat = "chat"
     completion = "completion"
+    qa = "qa"
+    translation = "translation"
     text = "text"
     classification = "classification"
+    tagging = "tagging"
 
 
 class Effort(StrEnum):
@@ -45,10 +48,26 @@ _EFFORTS: dict[Effort, dict[str, Any]] = {
 _FIELD_QUESTIONS = {
     "chat": {"prompt": "Which column does the user say", "completion": "Which column is the right reply"},
     "completion": {"prompt": "Which column does the model read", "completion": "Which column should it write"},
+    "qa": {
+        "context": "Which column holds the text that answers",
+        "question": "Which column holds the question",
+        "answers": "Which column holds the right answers",
+    },
+    "translation": {"source": "Which column holds the source", "target": "Which column holds its translation"},
+    "tagging": {"tokens": "Which column holds the words", "tags": "Which column holds their BIO tags"},
     "text": {"text": "Which column holds the text"},
     "classification": {"text": "Which column holds the text", "label": "Which column names its class"},
 }
-_FORMATS = {"chat": "prompt", "completion": "prompt", "text": "text", "classification": "classification"}
+_FORMATS = {
+    "chat": "prompt",
+    "completion": "prompt",
+    "qa": "qa",
+    "translation": "translation",
+    "text": "text",
+    "classification": "classification",
+    "tagging": "tokens",
+}
+_TASKS = ", ".join(list(TaskName)[:-1]) + f" or {list(TaskName)[-1]}"
 
 
 def init_command(
@@ -111,7 +130,7 @@ def recipe_text(seen: Survey, chosen: Guess, *, base: str, effort: Effort, run: 
         "# A recipe for `luthier train`. `luthier check` shows what the data holds; every other field has a default,",
         "# which RUN/recipe.yaml writes out.",
         f"base: {_scalar(base)}",
-        f"task: {chosen.task}  # chat, completion, text or classification",
+        f"task: {chosen.task}  # {_TASKS}",
         "data:",
         f"  train: {_scalar(_path_from(seen.path, folder))}",
         f"  validation: {_scalar(_path_from(held_out, folder))}  # held-out rows, found beside the training rows"
@@ -148,7 +167,7 @@ def _choose_task(seen: Survey, task: str | None, ask: bool) -> Guess:
     guessed = guess(seen, task)
     if task is None and ask:
         suggestion = guessed.task if guessed else None
-        task = _choice("Task: chat, completion, text or classification", list(TaskName), suggestion)
+        task = _choice(f"Task: {_TASKS}", list(TaskName), suggestion)
         guessed = guess(seen, task)
     if guessed is not None:
         if guessed.fields:

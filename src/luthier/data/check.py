@@ -30,7 +30,7 @@ from luthier.errors import DataError
 from luthier.recipe import DataConfig
 from luthier.tasks.shapes import Shaper, recognize
 from luthier.tasks.task import Task, Truncation
-from luthier.types import Example
+from luthier.types import NO_CLASS, Example
 
 PartName = Literal["train", "validation"]
 
@@ -185,7 +185,9 @@ class DataCheck:
 
     def _settle_classes(self, classes: Counter[str]) -> None:
         labels = list(self.task.labels) or sorted(classes)
-        if len(labels) > 1:
+        if self.task.objective == "token_head":
+            self._settle_types(labels)
+        elif len(labels) > 1:
             self.task = self.task.with_labels(labels)
         elif labels and self.report.num_problems:
             self._stop_rendering()  # the other classes may be in the rows that do not hold yet
@@ -197,6 +199,19 @@ class DataCheck:
             )
         self.report.labels = labels
 
+    def _settle_types(self, labels: list[str]) -> None:
+        """The types of entities: one is enough."""
+        if labels:
+            self.task = self.task.with_labels(labels)
+        elif self.report.num_problems:
+            self._stop_rendering()
+        else:
+            raise DataError(
+                f"no row of {', '.join(self.report.train.files)} holds an entity",
+                "one or more to learn",
+                "add rows with entities, or map the right column with data.fields, as in {tags: ner_tags}",
+            )
+
     def _stop_rendering(self) -> None:
         self._renderer = None
         self.report.tokenized = False
@@ -207,9 +222,7 @@ class DataCheck:
         classes = Counter[str]()
         for row in self._rows(files, task, self.report.add, "reading"):
             hashes.append(row.hash)
-            label = task.label_of(row.record)
-            if label is not None:
-                classes[label] += 1
+            classes.update(task.labels_of(row.record))
         return np.array(hashes, dtype=np.uint64), classes
 
     def _survey_validation(self, file: str, train_hashes: NDArray[np.uint64]) -> None:
@@ -264,7 +277,7 @@ class DataCheck:
                 return
             num_tokens = max((example.num_tokens for example in full), default=0)
             counter.add_examples(examples, full)
-        counter.add_row(row.full_place, num_tokens, self.task.label_of(row.record))
+        counter.add_row(row.full_place, num_tokens, self.task.labels_of(row.record))
         if sink:
             sink(CheckedRow(part, row.full_place, row.index, row.record, examples))
 
@@ -314,11 +327,10 @@ class _PartCounter:
         self._part = part
         self._longest: list[tuple[int, int, str]] = []
 
-    def add_row(self, place: str, num_tokens: int, label: str | None) -> None:
+    def add_row(self, place: str, num_tokens: int, labels: Sequence[str]) -> None:
         part = self._part
         part.num_rows += 1
-        if label is not None:
-            part.classes[label] += 1
+        part.classes.update(labels)
         # Among equally long rows the first ones stay.
         heapq.heappush(self._longest, (num_tokens, -part.num_rows, place))
         if len(self._longest) > NUM_LONGEST_SHOWN:
@@ -329,7 +341,7 @@ class _PartCounter:
         num_tokens = sum(example.num_tokens for example in examples)
         part.num_examples += len(examples)
         part.num_tokens += num_tokens
-        part.num_supervised_tokens += sum(int(np.count_nonzero(example.weights)) for example in examples)
+        part.num_supervised_tokens += sum(_num_supervised(example) for example in examples)
         part.lengths.update(example.num_tokens for example in examples)
         if not examples:
             part.num_dropped += 1
@@ -339,6 +351,12 @@ class _PartCounter:
     def finish(self) -> None:
         ordered = sorted(self._longest, reverse=True)
         self._part.longest = [LongRow(place, num_tokens) for num_tokens, _, place in ordered if num_tokens]
+
+
+def _num_supervised(example: Example) -> int:
+    """Tokens that carry loss, or have a tag."""
+    tags = 0 if example.tags is None else int(np.count_nonzero(example.tags != NO_CLASS))
+    return int(np.count_nonzero(example.weights)) + tags
 
 
 def train_files(data: DataConfig) -> list[str]:

@@ -47,6 +47,7 @@ class PreparedData:
         task: The task with its classes settled.
         data_hash: SHA-256 over the contents of the files and how they are split: the data's part of a model's lineage.
         folder: Where all of it lies.
+        max_length: Most tokens in one example.
     """
 
     train: ExampleStore
@@ -57,6 +58,7 @@ class PreparedData:
     task: Task
     data_hash: str
     folder: Path
+    max_length: int
 
 
 def prepare(
@@ -89,7 +91,7 @@ def prepare(
     """
     data_hash = hash_data(data, seed)
     target = folder / _key(data, data_hash, task, renderer, max_length, truncation)
-    found = _load(target, task, data_hash)
+    found = _load(target, task, data_hash, max_length)
     if found:
         return found
     check = DataCheck(data, task, renderer, max_length, truncation, seed, on_progress)
@@ -100,7 +102,7 @@ def prepare(
         check.report.raise_for_errors()
         index = {"format": FORMAT, "data_hash": data_hash, "report": check.report.to_json()}
         (temporary / "prepared.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-    prepared = _load(target, task, data_hash)
+    prepared = _load(target, task, data_hash, max_length)
     if not prepared:
         raise StorageError(f"{target} was written and cannot be read back", fix="look after the disk and start again")
     return prepared
@@ -158,7 +160,7 @@ def _write_stores(folder: Path, check: DataCheck) -> None:
         check.render(write)
 
 
-def _load(folder: Path, task: Task, data_hash: str) -> PreparedData | None:
+def _load(folder: Path, task: Task, data_hash: str, max_length: int) -> PreparedData | None:
     """The dataset of an earlier time; a damaged one is removed, so that it is made anew."""
     if not folder.exists():
         return None
@@ -185,6 +187,7 @@ def _load(folder: Path, task: Task, data_hash: str) -> PreparedData | None:
         task=task.with_labels(report.labels) if report.labels else task,
         data_hash=data_hash,
         folder=folder,
+        max_length=max_length,
     )
 
 

@@ -50,12 +50,12 @@ class PartReport:
         num_rows: Rows that hold, before any is left out for its length.
         num_examples: What the engine would train on; a conversation may become several.
         num_tokens: Tokens of all examples.
-        num_supervised_tokens: Tokens that carry loss. 0 for classification, whose loss is one class a row.
+        num_supervised_tokens: Tokens that carry loss, or a tag. 0 for classification, whose loss is one class a row.
         num_cut: Rows that lose tokens to `max_length`.
         num_dropped: Rows left out for being longer than `max_length`.
         lengths: Example length in tokens -> number of examples.
         longest: The longest rows, longest first.
-        classes: Class -> number of rows, for classification.
+        classes: Class -> number of rows, for classification; type -> number of entities, for tagging.
     """
 
     files: list[str] = field(default_factory=list)
@@ -103,7 +103,7 @@ class DataReport:
     Attributes:
         task: Name of the task that the rows were read as.
         format: How the rows are shaped: "chat", "prompt", ... (for `auto`, what was recognized).
-        labels: The classes in order, for classification.
+        labels: The classes in order, for classification; the types of entities, for tagging.
         train, validation: The two sides; `validation` is None when nothing is held out.
         problems: The first `MAX_DETAILS` problems, in the order of files and lines.
         problem_counts: Kind of problem -> number of rows, all of them.

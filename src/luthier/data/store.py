@@ -21,7 +21,7 @@ from luthier.errors import StorageError
 from luthier.files import atomic_folder, writing
 from luthier.types import Example
 
-FORMAT = 1
+FORMAT = 2
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<i4"),
     "weights": np.dtype("<f4"),
@@ -29,7 +29,9 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "class_index": np.dtype("<i4"),
     "row": np.dtype("<i8"),
     "weight_sum": np.dtype("<f8"),
+    "tags": np.dtype("<i4"),
 }
+"""`tags` holds a value for every token, or nothing at all: only a token head has tags."""
 
 
 class _StoreWriter:
@@ -81,6 +83,7 @@ class ExampleWriter(_StoreWriter):
         super().__init__(folder)
         self.num_examples = 0
         self.num_tokens = 0
+        self.num_tags = 0
 
     def write(self, example: Example) -> None:
         """Append one example."""
@@ -94,11 +97,16 @@ class ExampleWriter(_StoreWriter):
             "row": example.row,
             "weight_sum": example.weights.sum(dtype=np.float64),
         }
+        if example.tags is not None:
+            values["tags"] = example.tags
+            self.num_tags += example.num_tokens
         for name, value in values.items():
             self._append(f"{name}.bin", np.asarray(value, dtype=_COLUMNS[name]).tobytes())
 
     def _index(self) -> dict[str, int]:
-        return {"num_examples": self.num_examples, "num_tokens": self.num_tokens}
+        if self.num_tags not in (0, self.num_tokens):
+            raise ValueError("examples with tags and without them do not share a store")
+        return {"num_examples": self.num_examples, "num_tokens": self.num_tokens, "num_tags": self.num_tags}
 
 
 class RecordWriter(_StoreWriter):
@@ -136,7 +144,8 @@ class ExampleStore:
         self._num_examples = int(index["num_examples"])
         self.total_tokens: int = int(index["num_tokens"])
         """Tokens of all examples together."""
-        expected = {"tokens": self.total_tokens, "weights": self.total_tokens}
+        self._num_tags = int(index["num_tags"])
+        expected = {"tokens": self.total_tokens, "weights": self.total_tokens, "tags": self._num_tags}
         for name, dtype in _COLUMNS.items():
             num_bytes = expected.get(name, self._num_examples) * dtype.itemsize
             path = folder / f"{name}.bin"
@@ -158,6 +167,7 @@ class ExampleStore:
             weights=np.array(self._weights[start:end]),
             class_index=int(self._class_index[index]),
             row=int(self.rows[index]),
+            tags=np.array(self._tags[start:end]) if self._num_tags else None,
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -188,6 +198,10 @@ class ExampleStore:
     @cached_property
     def _class_index(self) -> NDArray[np.int32]:
         return self._map("class_index")
+
+    @cached_property
+    def _tags(self) -> NDArray[np.int32]:
+        return self._map("tags")
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:

@@ -105,6 +105,16 @@ class Renderer:
                 "write the character itself, or both halves of its \\u escape",
             ) from None
 
+    def encode_with_bounds(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, with the characters [start, end) of the text that each token stands for.
+
+        A token that is part of a character stands for the whole of it; a space before a word may belong to its token.
+        """
+        ids = self.encode(text)
+        return ids, [
+            (int(start), int(end)) for start, end in self._tokenizer.encode(text, add_special_tokens=False).offsets
+        ]
+
     def encode_rendered(self, text: str) -> list[int]:
         """`encode`, faster on a conversation whose beginning was encoded before, as when rendering turn by turn.
 
@@ -247,6 +257,11 @@ class Renderer:
         """The token that ends an assistant's turn, as text: the template's own, else EOS."""
         stop = self._end_of_turn if self._end_of_turn is not None else self.eos_id
         return None if stop is None else self._tokenizer.id_to_token(stop)
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The id of `end_of_turn`; errors as `require_eos_id`."""
+        return self._end_of_turn if self._end_of_turn is not None else self.require_eos_id()
 
     @functools.cached_property
     def fingerprint(self) -> str:

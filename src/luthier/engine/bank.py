@@ -31,7 +31,7 @@ from luthier.methods.method import LayerAdapter
 from luthier.methods.registry import METHODS
 from luthier.ops.base_linear import BaseLinear
 from luthier.ops.counter import token_keys
-from luthier.types import AdapterSpec
+from luthier.types import AdapterSpec, HeadKind
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Bank:
         if spec.new_tokens:
             slot.token_rows = self.token_rows(spec.new_tokens)
         if spec.num_classes is not None:
-            slot.head = self._sequence_head(spec.num_classes, generator)
+            slot.head = self._head(spec.num_classes, spec.head, generator)
         self._admit(slot)
         return slot
 
@@ -261,12 +261,15 @@ class Bank:
             output_KD = rows(self.original(self.output_name).weight)  # type: ignore[arg-type]
         return TokenRows(ids_K.to(input_KD.device), input_KD, output_KD)
 
-    def _sequence_head(self, num_classes: int, generator: torch.Generator) -> nn.Linear:
+    def _head(self, num_classes: int, kind: HeadKind, generator: torch.Generator) -> nn.Linear:
         weight: Any = self.original(self.input_name).weight
-        head = nn.Linear(weight.shape[1], num_classes, bias=False)
+        # As transformers' classifiers have it: the token head alone has a bias.
+        head = nn.Linear(weight.shape[1], num_classes, bias=kind == "token")
         std = getattr(getattr(self.model, "config", None), "initializer_range", None) or 0.02
         with torch.no_grad():
             head.weight.normal_(0.0, std, generator=generator)
+            if head.bias is not None:
+                head.bias.zero_()
         return head.to(weight.device, _wide(weight))
 
 

@@ -34,7 +34,7 @@ class OwnSlot:
         spec: What was asked for.
         live: The model's own parameters that train, by their names in the model.
         trained: What the optimizer steps, by the same names: the live parameters themselves, or their float32 masters.
-        head: Sequence head [C, D] without bias, or None.
+        head: Sequence head [C, D] without bias, token head [C, D] with one, or None.
         method_hooks: What the method itself does around a step (AdaLoRA), or None.
         has_moved: Whether the weights may differ from where the job began.
         token_rows: Always None: exclusive methods add no tokens.
@@ -60,7 +60,7 @@ class OwnSlot:
         """Every trained tensor under a stable name, in the model's order."""
         named = dict(self.trained)
         if self.head is not None:
-            named["head.weight"] = self.head.weight  # type: ignore[assignment]
+            named |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
         return named
 
     def rate_ratios(self) -> dict[str, float]:
@@ -80,7 +80,8 @@ class OwnSlot:
         of = f" of peft's {self.spec.peft_type.lower()}" if self.spec.peft_type else ""
         parts = [f"{len(self.live)} tensors{of}"]
         parts += ["float32 masters"] if any(self.trained[n] is not p for n, p in self.live.items()) else []
-        parts += [f"a head of {self.spec.num_classes} classes"] if self.head is not None else []
+        what = "tags" if self.spec.head == "token" else "classes"
+        parts += [f"a head of {self.spec.num_classes} {what}"] if self.head is not None else []
         return parts
 
     @property
@@ -151,7 +152,8 @@ class OwnBank(Bank):
     def admit_owner(self, slot: OwnSlot, seed: int) -> None:
         """Take the one slot in, with a fresh head where it is to have one."""
         if slot.spec.num_classes is not None:
-            slot.head = self._sequence_head(slot.spec.num_classes, torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            slot.head = self._head(slot.spec.num_classes, slot.spec.head, generator)
         self.slots = {slot.index: slot}  # type: ignore[dict-item]
 
     def add(self, *given: Any, **named: Any) -> NoReturn:

@@ -1,6 +1,7 @@
 """Examples of many jobs -> one flat batch, sorted by slot, without padding.
 
-Shapes: T tokens, N sequences, P supervised positions, C sequences with a class.
+Shapes: T tokens, N sequences, P supervised positions, C positions with a class: the last token of a sequence whose
+class is learnt, and every tagged token of one whose tags are.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class PackedBatch:
         target_token_P: int64. The token to predict.
         target_weight_P: float32. Its loss weight.
         target_segments: Bounds of each slot within the P supervised positions.
-        class_at_C: int64. Flat index of the last token of each sequence that has a class.
+        class_at_C: int64. Flat index of each token at whose hidden state a head reads a class.
         class_index_C: int64. That class.
-        class_segments: Bounds of each slot within the C sequences with a class.
+        class_segments: Bounds of each slot within the C positions.
         class_rows, target_rows: The sequence (0 to N-1) of each class and of each supervised position.
     """
 
@@ -115,7 +116,7 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
     rows = np.repeat(np.arange(len(items)), lengths)
     slots = np.array([item.slot for item in items])
     supervised = np.flatnonzero((weights > 0) & (positions > 0))
-    classes = np.array([item.example.class_index for item in items])
+    classes = np.concatenate([_classes(item.example) for item in items])
     with_class = np.flatnonzero(classes != NO_CLASS)
 
     def put(array: np.ndarray) -> Tensor:
@@ -137,11 +138,20 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
         target_weight_P=put(weights[supervised]),
         target_rows_P=put(rows[supervised]),
         target_segments=_segments(slots[rows[supervised]]),
-        class_at_C=put(offsets[1:][with_class] - 1),
-        class_index_C=put(classes[with_class]),
-        class_rows_C=put(with_class),
-        class_segments=_segments(slots[with_class]),
+        class_at_C=put(with_class),
+        class_index_C=put(classes[with_class].astype(np.int64)),
+        class_rows_C=put(rows[with_class]),
+        class_segments=_segments(slots[rows[with_class]]),
     )
+
+
+def _classes(example: Example) -> np.ndarray:
+    """The class to be read at each token, `NO_CLASS` at most of them."""
+    if example.tags is not None:
+        return example.tags
+    classes = np.full(example.num_tokens, NO_CLASS, dtype=np.int32)
+    classes[-1] = example.class_index
+    return classes
 
 
 def _segments(slots: np.ndarray) -> tuple[Segment, ...]:

@@ -46,7 +46,7 @@ class Slot:
         adapters: Linear layer's name -> what its method keeps for it.
         saved_modules: Module's name -> this slot's own trained copy.
         token_rows: Trained embedding rows, or None.
-        head: Sequence head [C, D] without bias, or None.
+        head: Sequence head [C, D] without bias, token head [C, D] with one, or None.
         is_snapshot: True for an immutable copy that serves.
         flat: The adapters' memory in one piece, on bases that train by their fast body.
     """
@@ -123,7 +123,8 @@ class Slot:
         parts = [f"{len(self.adapters)} linear layers" + (f", {size}" if size else "")] if self.adapters else []
         parts += [f"{name} in full" for name in self.saved_modules]
         parts += [f"{len(self.token_rows.ids_K)} tokens"] if self.token_rows is not None else []
-        parts += [f"a head of {self.spec.num_classes} classes"] if self.head is not None else []
+        what = "tags" if self.spec.head == "token" else "classes"
+        parts += [f"a head of {self.spec.num_classes} {what}"] if self.head is not None else []
         return parts
 
     def load(self, tensors: dict[str, Tensor]) -> None:

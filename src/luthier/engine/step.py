@@ -1,6 +1,6 @@
 """One forward (and backward) over sequences of many slots, and what it says of each slot and sequence.
 
-Shapes: P supervised positions, C sequences with a class, N sequences.
+Shapes: P supervised positions, C positions with a class, N sequences, K classes of a slot's head.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.base.load import Base, Forward
@@ -26,9 +28,9 @@ class SlotReport:
 
     Attributes:
         nll_sum: Sum of weight x negative log-likelihood (or of the class losses).
-        weight_sum: Sum of the weights (or the number of sequences with a class).
+        weight_sum: Sum of the weights (or the number of classes that were to be read).
         num_tokens: Tokens that the slot put through the base.
-        num_supervised_tokens: Positions (or sequences) that carried loss.
+        num_supervised_tokens: Positions that carried loss.
     """
 
     nll_sum: float
@@ -44,7 +46,8 @@ class SequenceReport:
     Attributes:
         nll_sum, weight_sum: As in `SlotReport`.
         num_correct, num_targets: Targets that the likeliest prediction hits, of all.
-        predicted_class: The likeliest class, or -1 for an objective without classes.
+        predicted_class: The likeliest class of a sequence head, or -1 for another objective.
+        probabilities_CK: float32. What the head gives at each position with a class; None for an objective without.
     """
 
     nll_sum: float
@@ -52,6 +55,15 @@ class SequenceReport:
     num_correct: int
     num_targets: int
     predicted_class: int = -1
+    probabilities_CK: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Classes:
+    """Scores of all C positions, and each segment's logits [C of the slot, K]."""
+
+    scores: TokenScores
+    logits: tuple[Tensor, ...]
 
 
 def train_step(
@@ -81,12 +93,12 @@ def train_step(
             scale_P = weight_P / _per_row(batch.target_segments, denominators, weight_P)
             total = (tokens.nll_P * scale_P).sum()
         if classes is not None:
-            ones_C = torch.ones_like(classes[0].nll_P)
-            part = (classes[0].nll_P / _per_row(batch.class_segments, denominators, ones_C)).sum()
+            nll_C = classes.scores.nll_P
+            part = (nll_C / _per_row(batch.class_segments, denominators, torch.ones_like(nll_C))).sum()
             total = part if total is None else total + part
         if total is not None:  # a micro-batch may hold only rows whose weights are all 0
             total.backward()
-    return _slot_reports(batch, tokens, classes[0] if classes is not None else None)
+    return _slot_reports(batch, tokens, classes.scores if classes is not None else None)
 
 
 @torch.inference_mode()
@@ -95,7 +107,6 @@ def score(base: Base, batch: PackedBatch) -> list[SequenceReport]:
     with base.bank.routed(base.routing(batch, training=False)):
         tokens, classes = _scores(base, batch)
     sums = torch.zeros(4, batch.num_sequences, dtype=torch.float64, device=base.device)
-    predicted = torch.full((batch.num_sequences,), -1, dtype=torch.int64, device=base.device)
     if tokens is not None:
         weights_P = batch.target_weight_P.double()
         values = (
@@ -107,17 +118,31 @@ def score(base: Base, batch: PackedBatch) -> list[SequenceReport]:
         for row, value_P in zip(sums, values, strict=True):
             row.index_add_(0, batch.target_rows_P, value_P)
     if classes is not None:
-        scores, predicted_C = classes
+        scores = classes.scores
         ones_C = torch.ones_like(scores.nll_P, dtype=torch.float64)
         for row, value_C in zip(
             sums, (scores.nll_P.double(), ones_C, scores.is_correct_P.double(), ones_C), strict=True
         ):
             row.index_add_(0, batch.class_rows_C, value_C)
-        predicted[batch.class_rows_C] = predicted_C
+    read = _probabilities(base, batch, classes) if classes is not None else {}
     return [
-        SequenceReport(nll, weight, int(correct), int(count), int(cls))
-        for (nll, weight, correct, count), cls in zip(sums.t().tolist(), predicted.tolist(), strict=True)
+        SequenceReport(nll, weight, int(correct), int(count), *read.get(n, (-1, None)))
+        for n, (nll, weight, correct, count) in enumerate(sums.t().tolist())
     ]
+
+
+def _probabilities(base: Base, batch: PackedBatch, classes: _Classes) -> dict[int, tuple[int, NDArray[np.float32]]]:
+    """Sequence -> its class, if a sequence head read one, and the probabilities at its positions."""
+    rows_C = batch.class_rows_C.cpu().numpy()
+    found: dict[int, tuple[int, NDArray[np.float32]]] = {}
+    for segment, logits_CK in zip(batch.class_segments, classes.logits, strict=True):
+        probabilities_CK = logits_CK.float().softmax(dim=-1).cpu().numpy()
+        rows = rows_C[segment.start : segment.end]
+        is_sequence = base.bank.slots[segment.slot].spec.head == "sequence"
+        for row in np.unique(rows):
+            own_CK = probabilities_CK[rows == row]
+            found[int(row)] = (int(own_CK[0].argmax()) if is_sequence else -1, own_CK)
+    return found
 
 
 @torch.inference_mode()
@@ -133,10 +158,10 @@ def class_probabilities(base: Base, batch: PackedBatch) -> Tensor:
         raise ValueError("class probabilities are of one slot with a sequence head")
     with base.bank.routed(base.routing(batch, training=False)):
         hidden_TD = base.forward(batch, only_scored=True).hidden_TD
-    return class_logits(hidden_TD[batch.class_at_C], slot.head.weight).softmax(dim=-1)
+    return class_logits(hidden_TD[batch.class_at_C], slot.head.weight, slot.head.bias).softmax(dim=-1)
 
 
-def _scores(base: Base, batch: PackedBatch) -> tuple[TokenScores | None, tuple[TokenScores, Tensor] | None]:
+def _scores(base: Base, batch: PackedBatch) -> tuple[TokenScores | None, _Classes | None]:
     has_tokens = batch.target_at_P.numel() > 0
     result = base.forward(batch, keep=batch.target_at_P if has_tokens else None, only_scored=True)
     tokens = _token_scores(base, batch, result) if has_tokens else None
@@ -178,20 +203,21 @@ def _rows(hidden_TD: Tensor, at_P: Tensor) -> Tensor:
     return rows_PD
 
 
-def _class_scores(base: Base, batch: PackedBatch, result: Forward) -> tuple[TokenScores, Tensor]:
-    pooled_CD = result.hidden_TD[batch.class_at_C]
-    nll, correct, predicted = [], [], []
+def _class_scores(base: Base, batch: PackedBatch, result: Forward) -> _Classes:
+    """A sequence head's classes and a token head's tags alike: each segment by the head of its slot."""
+    read_CD = _rows(result.hidden_TD, batch.class_at_C)
+    nll, correct, logits = [], [], []
     for segment in batch.class_segments:
         slot = base.bank.slots.get(segment.slot)
         if slot is None or slot.head is None:
-            raise ValueError(f"slot {segment.slot} has no sequence head")
+            raise ValueError(f"slot {segment.slot} has no head")
         rows = slice(segment.start, segment.end)
-        logits_CK = class_logits(pooled_CD[rows], slot.head.weight)
+        logits_CK = class_logits(read_CD[rows], slot.head.weight, slot.head.bias)
         scores = class_nll(logits_CK, batch.class_index_C[rows])
         nll.append(scores.nll_P)
         correct.append(scores.is_correct_P)
-        predicted.append(logits_CK.detach().argmax(dim=-1))
-    return TokenScores(torch.cat(nll), torch.cat(correct)), torch.cat(predicted)
+        logits.append(logits_CK.detach())
+    return _Classes(TokenScores(torch.cat(nll), torch.cat(correct)), tuple(logits))
 
 
 def _per_row(segments: tuple[Segment, ...], denominators: Mapping[int, float], like: Tensor) -> Tensor:

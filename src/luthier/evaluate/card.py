@@ -21,7 +21,12 @@ _HUB_LICENCES = {
     "llama 3.2 community": "llama3.2",
     "gemma terms of use": "gemma",
 }
-_PIPELINES = {"classification": "text-classification"}
+_PIPELINES = {
+    "classification": "text-classification",
+    "tagging": "token-classification",
+    "translation": "translation",
+    "qa": "question-answering",
+}
 _TOLD_HYPERPARAMETERS = (
     "epochs",
     "max_steps",
@@ -69,14 +74,14 @@ def loading_code(record: RunRecord) -> str:
     """Python that loads the result with transformers, or an adapter with peft, alone."""
     folder = repr(str(Path(record.shown_path) / record.result_folder))
     if record.is_whole_model:
-        kind = "SequenceClassification" if record.is_classification else "CausalLM"
+        kind = _head_kind(record) or "CausalLM"
         return (
             f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
             f"folder = {folder}\n"
             f"model = AutoModelFor{kind}.from_pretrained(folder)\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)"
         )
-    if record.is_classification:
+    if record.has_head:
         return _classifier_code(folder, record)
     imports = "AutoTokenizer" + (", BitsAndBytesConfig" if _is_nf4(record) else "")
     quantized = f", {_NF4_ARGUMENTS}" if _is_nf4(record) else ""
@@ -88,6 +93,13 @@ def loading_code(record: RunRecord) -> str:
         f"model = AutoPeftModelForCausalLM.from_pretrained(folder{quantized})\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)"
     )
+
+
+def _head_kind(record: RunRecord) -> str:
+    """transformers' word for what the head says a class of; empty for a language model."""
+    if record.is_tagging:
+        return "TokenClassification"
+    return "SequenceClassification" if record.is_classification else ""
 
 
 _NF4_ARGUMENTS = "quantization_config=quantization, dtype=quantization.bnb_4bit_compute_dtype"
@@ -112,13 +124,14 @@ def _quantization_code(record: RunRecord) -> str:
 def _classifier_code(folder: str, record: RunRecord) -> str:
     """The base's own config lacks the classes and, at times, the padding token by which the last token is found."""
     quantized = f",\n    {_NF4_ARGUMENTS}" if _is_nf4(record) else ""
+    auto_class = f"AutoPeftModelFor{_head_kind(record)}"
     return (
-        "from peft import AutoPeftModelForSequenceClassification\n"
+        f"from peft import {auto_class}\n"
         f"from transformers import AutoConfig, AutoTokenizer{', BitsAndBytesConfig' if _is_nf4(record) else ''}\n\n"
         f"folder = {folder}\n"
         f"{_quantization_code(record)}"
         'config = AutoConfig.from_pretrained(folder, subfolder="classifier")  # names of the classes, padding token\n'
-        "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
+        f"model = {auto_class}.from_pretrained(\n"
         "    folder, id2label=config.id2label, label2id=config.label2id, pad_token_id=config.pad_token_id"
         f"{quantized}\n"
         ")\n"

@@ -1,21 +1,23 @@
 """From what a model did on each held-out row to scores with intervals, and to "did it get better".
 
-Every score but macro-F1 is a ratio of two sums over rows. Rows are the independent units: the turns of one conversation
-share their `row` and are resampled together.
+Every score is a formula over sums over rows: most are a ratio of two, macro-F1 is of the counts of each class, chrF and
+BLEU are of n-gram counts. Rows are the independent units: the turns of one conversation share their `row` and are
+resampled together.
 
-Shape legend: B resamples, N rows, K sums of a row, C classes.
+Shape legend: B resamples, N rows, K sums of a row or metrics, C classes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.evaluate.corpus import FORMULAS
 from luthier.evaluate.intervals import bootstrap, sign_test, wilson
 from luthier.types import NO_CLASS
 
@@ -28,16 +30,14 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 MIN_ROWS_FOR_VERDICT = 6
 """With fewer pairs even a unanimous change has a two-sided sign test above 5% (2 / 2^5 = 6%)."""
 
-# Each ratio's (numerator, denominator) among a row's sums, in the order of reports.
-_SUMS = ("exact", "judged", "hits", "classed", "nll", "weight", "correct", "tokens")
-_RATIOS = {
-    "exact_match": ("exact", "judged"),
-    "accuracy": ("hits", "classed"),
-    "loss": ("nll", "weight"),
-    "token_accuracy": ("correct", "tokens"),
-}
 _PROPORTIONS_OF_ROWS = ("exact_match", "accuracy")
-_ORDER = ("exact_match", "accuracy", "macro_f1", "loss", "perplexity", "token_accuracy")
+_ORDER = (
+    *("f1", "precision", "recall", "chrf", "bleu"),
+    *("exact_match", "accuracy", "macro_f1", "loss", "perplexity", "token_accuracy"),
+)
+"""Of metrics in eval.json; others follow by name."""
+_DERIVED = {"perplexity": "loss", "macro_f1": "accuracy"}
+"""Metric -> the one whose rows it is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,10 @@ class RowScore:
         class_index: The true class, or `NO_CLASS`.
         predicted_class: The class chosen by the model; None or `NO_CLASS` where there is no head.
         group: A name of the row's kind, for a breakdown; None for none.
+        is_right: Whether the reply is right as a whole, for reports; None leaves it to the two above.
+        ratios: Further metric -> (above, below): its score is the sum of the one over the sum of the other.
+        statistics: Metric of a corpus -> the sums that `evaluate.corpus` computes it from.
+        parts: Kind of thing within the row -> its own ratios, for a breakdown.
     """
 
     row: int
@@ -69,6 +73,10 @@ class RowScore:
     class_index: int = NO_CLASS
     predicted_class: int | None = None
     group: str | None = None
+    is_right: bool | None = None
+    ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     @property
     def is_classed(self) -> bool:
@@ -84,6 +92,7 @@ def summarize(scores: Sequence[RowScore], seed: int = 0) -> dict[str, dict[str, 
       where rows have several turns). The others' is a bootstrap over rows.
     - macro_f1: mean over classes of 2tp / (2tp + fp + fn), over the classes that occur as truth or as prediction
       (Opitz & Burst, arXiv:1911.03347, "averaged F1").
+    - f1, precision, recall and other ratios; chrf and bleu: as the task defines them.
 
     A metric that no row defines is absent; "value" is None where it is not finite.
     """
@@ -149,19 +158,25 @@ def compare(base: Sequence[RowScore], tuned: Sequence[RowScore], seed: int = 0) 
     return comparison
 
 
-def evaluation(models: Mapping[str, Sequence[RowScore]], seed: int = 0) -> dict[str, Any]:
+def evaluation(
+    models: Mapping[str, Sequence[RowScore]], seed: int = 0, signatures: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The whole of eval.json from the scores of "base", "tuned" and, where judged, "base_3_shot" and the like.
 
+    Args:
+        signatures: Metric -> how it is computed, where there is more than one way.
+
     Returns:
-        {"num_rows", one summary a model, "comparison": tuned against base, "groups": group -> model -> summary}; the
-        last two only where there is something to say.
+        {"num_rows", one summary a model, "comparison": tuned against base, "groups": kind of row -> model -> summary,
+        "parts": kind of thing within rows -> model -> summary, "signatures"}; all but the first two only where there is
+        something to say.
     """
     result: dict[str, Any] = {"num_rows": len({score.row for scores in models.values() for score in scores})}
     result.update({name: summarize(scores, seed) for name, scores in models.items()})
     if "base" in models and "tuned" in models:
         result["comparison"] = compare(models["base"], models["tuned"], seed)
     groups = sorted({score.group for scores in models.values() for score in scores if score.group is not None})
-    if groups:
+    if len(groups) > 1:
         result["groups"] = {
             group: {
                 name: summarize([score for score in scores if score.group == group], seed)
@@ -169,79 +184,93 @@ def evaluation(models: Mapping[str, Sequence[RowScore]], seed: int = 0) -> dict[
             }
             for group in groups
         }
+    if signatures:
+        result["signatures"] = dict(signatures)
+    parts = sorted({part for scores in models.values() for score in scores for part in score.parts})
+    if parts:
+        result["parts"] = {
+            part: {name: summarize(_scores_of_part(scores, part), seed) for name, scores in models.items()}
+            for part in parts
+        }
     return result
 
 
+def _scores_of_part(scores: Sequence[RowScore], part: str) -> list[RowScore]:
+    return [RowScore(score.row, ratios=score.parts[part]) for score in scores if part in score.parts]
+
+
 class _Sums:
-    """Sums over the scores of each row, rows in ascending order, so that two models' rows line up."""
+    """Each metric's sums over the scores of each row, rows in ascending order, so that two models' rows line up."""
 
     def __init__(self, scores: Sequence[RowScore]) -> None:
         rows = sorted({score.row for score in scores})
-        place = {row: n for n, row in enumerate(rows)}
+        self._place = {row: n for n, row in enumerate(rows)}
         self.num_rows = len(rows)
-        self.sums_NK = np.zeros((len(rows), len(_SUMS)))
+        self._sums_NK: dict[str, Array] = {}
+        self._has_N: dict[str, NDArray[np.bool_]] = {}
         for score in scores:
-            self.sums_NK[place[score.row]] += (
-                bool(score.is_exact),
-                score.is_exact is not None,
-                score.is_classed and score.class_index == score.predicted_class,
-                score.is_classed,
-                score.nll_sum,
-                score.weight_sum,
-                score.num_correct_tokens,
-                score.num_tokens,
-            )
-        classed = [score for score in scores if score.is_classed]
+            for name, values in _metrics_of(score).items():
+                self._add(name, self._place[score.row], values)
+        self._count_classes([score for score in scores if score.is_classed])
+
+    def _add(self, name: str, row: int, values: Sequence[float]) -> None:
+        if name not in self._sums_NK:
+            self._sums_NK[name] = np.zeros((self.num_rows, len(values)))
+            self._has_N[name] = np.zeros(self.num_rows, dtype=bool)
+        self._sums_NK[name][row] += values
+        self._has_N[name][row] = True
+
+    def _count_classes(self, classed: Sequence[RowScore]) -> None:
         names = {score.class_index for score in classed} | {int(score.predicted_class or 0) for score in classed}
         column = {name: c for c, name in enumerate(sorted(names))}
-        self.hits_NC = np.zeros((len(rows), len(column)), dtype=np.float32)
+        self.hits_NC = np.zeros((self.num_rows, len(column)), dtype=np.float32)
         self.counted_NC = np.zeros_like(self.hits_NC)  # 2tp + fp + fn = times true + times predicted
         for score in classed:
-            n, true, predicted = place[score.row], column[score.class_index], column[int(score.predicted_class or 0)]
+            n = self._place[score.row]
+            true, predicted = column[score.class_index], column[int(score.predicted_class or 0)]
             self.hits_NC[n, true] += true == predicted
             self.counted_NC[n, true] += 1
             self.counted_NC[n, predicted] += 1
 
-    def _sum(self, name: str) -> Array:
-        """A view [N] of one column of the sums."""
-        return self.sums_NK[:, _SUMS.index(name)]
-
     def keep_shared(self, other: _Sums) -> None:
-        """Forget, ratio by ratio, the rows on which `other` does not define it; both must hold the same rows."""
-        for above, below in _RATIOS.values():
-            is_lone_N = other._sum(below) <= 0
-            for part in (above, below):
-                self._sum(part)[is_lone_N] = 0.0
+        """Forget, metric by metric, the rows that `other` has no score of; both must hold the same rows."""
+        for name, sums_NK in self._sums_NK.items():
+            is_lone_N = ~other._has_N.get(name, np.zeros(self.num_rows, dtype=bool))
+            sums_NK[is_lone_N] = 0.0
+            self._has_N[name] = self._has_N[name] & ~is_lone_N
 
     def defined(self) -> list[str]:
-        found = {name for name, (_, below) in _RATIOS.items() if self._sum(below).sum() > 0}
+        """The metrics with a value: a ratio needs something below its line."""
+        found = {
+            name
+            for name, sums_NK in self._sums_NK.items()
+            if (self._has_N[name].any() if name in FORMULAS else sums_NK[:, 1].sum() > 0)
+        }
         if "loss" in found and "token_accuracy" in found:
             found.add("perplexity")
         if "accuracy" in found:
             found.add("macro_f1")
-        return [name for name in _ORDER if name in found]
+        return [name for name in _ORDER if name in found] + sorted(found - set(_ORDER))
 
     def rows_behind(self, name: str) -> int:
-        below = _RATIOS[{"perplexity": "loss", "macro_f1": "accuracy"}.get(name, name)][1]
-        return int((self._sum(below) > 0).sum())
+        return int(self._has_N[_DERIVED.get(name, name)].sum())
 
     def share(self, name: str) -> Array:
         """A ratio of each row by itself, [N]; 0 where the row does not define it."""
-        above, below = (self._sum(part) for part in _RATIOS[name])
+        above, below = self._sums_NK[name].T
         return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
     def statistic(self, counts_BN: Array, names: Sequence[str]) -> Array:
         """The named metrics of B samples that hold each row `counts_BN` times: values_BK, NaN where undefined."""
-        totals_BK = counts_BN @ self.sums_NK
         values = []
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for name in names:
                 if name == "macro_f1":
                     values.append(self._macro_f1(counts_BN))
                     continue
-                above, below = _RATIOS["loss" if name == "perplexity" else name]
-                ratio_B = totals_BK[:, _SUMS.index(above)] / totals_BK[:, _SUMS.index(below)]
-                values.append(np.exp(ratio_B) if name == "perplexity" else ratio_B)
+                totals_BK = counts_BN @ self._sums_NK[_DERIVED.get(name, name)]
+                value_B = FORMULAS[name](totals_BK) if name in FORMULAS else totals_BK[:, 0] / totals_BK[:, 1]
+                values.append(np.exp(value_B) if name == "perplexity" else value_B)
         return np.stack(values, axis=1) if values else np.zeros((counts_BN.shape[0], 0))
 
     def _macro_f1(self, counts_BN: Array) -> Array:
@@ -249,6 +278,20 @@ class _Sums:
         hits_BC, counted_BC = counts32_BN @ self.hits_NC, counts32_BN @ self.counted_NC
         f1_BC = np.divide(2 * hits_BC, counted_BC, out=np.zeros_like(hits_BC), where=counted_BC > 0)
         return (f1_BC.sum(axis=1) / (counted_BC > 0).sum(axis=1)).astype(np.float64)
+
+
+def _metrics_of(score: RowScore) -> dict[str, Sequence[float]]:
+    """Metric -> the sums that one score adds to: (above, below) of a ratio, or the statistics of a corpus."""
+    found: dict[str, Sequence[float]] = {}
+    if score.is_exact is not None:
+        found["exact_match"] = (score.is_exact, 1.0)
+    if score.is_classed:
+        found["accuracy"] = (score.class_index == score.predicted_class, 1.0)
+    if score.weight_sum > 0:
+        found["loss"] = (score.nll_sum, score.weight_sum)
+    if score.num_tokens:
+        found["token_accuracy"] = (score.num_correct_tokens, score.num_tokens)
+    return found | dict(score.ratios) | dict(score.statistics)
 
 
 def _verdict(name: str, before: float, after: float, is_clear: bool) -> str:

@@ -69,7 +69,17 @@ class RunRecord:
     @property
     def is_classification(self) -> bool:
         tuned = self.evaluation.get("tuned")
-        return self.task == "classification" or (isinstance(tuned, dict) and "accuracy" in tuned)
+        # Questions with a few answers to choose from have an accuracy too.
+        return self.task == "classification" or (not self.task and isinstance(tuned, dict) and "accuracy" in tuned)
+
+    @property
+    def is_tagging(self) -> bool:
+        return self.task == "tagging"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the result says classes rather than words."""
+        return self.is_classification or self.is_tagging
 
     @property
     def cost(self) -> dict[str, Any]:

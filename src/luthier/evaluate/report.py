@@ -77,7 +77,9 @@ def render(record: RunRecord) -> str:
         recipe=record.recipe_text,
         versions=list(_leaves(record.versions)),
         loading=loading_code(record),
-        is_classification=record.is_classification,
+        parts=_parts(record.evaluation),
+        signatures=sorted((record.evaluation.get("signatures") or {}).items()),
+        has_head=record.has_head,
     )
 
 
@@ -187,6 +189,19 @@ def _groups(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"metric": summary.label(metric), "models": [summary.model_label(m) for m in models], "rows": rows}
 
 
+def _parts(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Precision, recall and F1 of each type of thing within rows: the tuned model's, and the base's F1."""
+    parts = evaluation.get("parts")
+    if not isinstance(parts, Mapping):
+        return None
+    columns = (("base", "f1"), ("tuned", "f1"), ("tuned", "precision"), ("tuned", "recall"))
+    rows = [
+        {"name": name, "cells": [_cell(metric, summary.score_of(scores, model, metric)) for model, metric in columns]}
+        for name, scores in parts.items()
+    ]
+    return {"columns": [f"{model}: {summary.label(metric)}" for model, metric in columns], "rows": rows}
+
+
 def _confusion(record: RunRecord) -> dict[str, Any] | None:
     if not record.is_classification:
         return None
@@ -201,7 +216,7 @@ def _confusion(record: RunRecord) -> dict[str, Any] | None:
 def _curves(record: RunRecord) -> dict[str, Markup | None]:
     best_step = record.cost.get("best_step")
     best_step = best_step if isinstance(best_step, int) and best_step > 0 else None
-    unit = "nats a row" if record.is_classification else "nats a token"
+    unit = "nats a row" if record.is_classification else "nats a word" if record.is_tagging else "nats a token"
     pictures = {
         "loss": figures.loss_curves(record.steps, record.evaluations, best_step, unit),
         "learning_rate": figures.small_curve(record.steps, "learning_rate", "Learning rate"),

@@ -8,17 +8,25 @@ from collections.abc import Mapping
 from typing import Any
 
 LABELS = {
+    "f1": "F1",
+    "precision": "Precision",
+    "recall": "Recall",
+    "chrf": "chrF",
+    "bleu": "BLEU",
     "exact_match": "Exact match",
     "accuracy": "Accuracy",
     "macro_f1": "Macro-F1",
     "loss": "Loss",
     "perplexity": "Perplexity",
     "token_accuracy": "Token accuracy",
+    "tag_accuracy": "Tag accuracy",
 }
-PRIMARY = ("exact_match", "accuracy", "perplexity", "loss", "token_accuracy")
+PRIMARY = ("f1", "chrf", "exact_match", "accuracy", "perplexity", "loss", "token_accuracy")
 """The first of these that both models have makes the headline."""
 
-_SHARES = frozenset({"exact_match", "accuracy", "macro_f1", "token_accuracy"})
+_SHARES = frozenset(
+    {"f1", "precision", "recall", "exact_match", "accuracy", "macro_f1", "token_accuracy", "tag_accuracy"}
+)
 _ENDS = (("0%", 0.0), ("100%", 1.0))
 _SHOTS = re.compile(r"base_(\d+)_shots?")
 

@@ -1,6 +1,7 @@
 """What a slot and a transformers model say on the same sequences, and how far apart they are.
 
-Shapes: L tokens of a sequence, V vocabulary, C classes. Logits are [L, V] a sequence; those of a classifier [C].
+Shapes: L tokens of a sequence, V vocabulary, C classes. Logits are [L, V] a sequence; those of a classifier [C], those
+of a tagger [L, C].
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, pack
 from luthier.engine.slot import Slot
 from luthier.objectives.sequence_head import class_logits
+from luthier.objectives.token_head import tag_logits
 from luthier.types import Example
 
 Tokens = NDArray[np.int32]
@@ -54,6 +56,8 @@ def slot_logits(base: Base, slot: Slot | OwnSlot, sequences: Sequence[Tokens]) -
     with base.bank.routed(routing):
         if slot.head is not None:
             hidden_TD = base.forward(batch).hidden_TD
+            if slot.spec.head == "token":
+                return list(tag_logits(hidden_TD, slot.head.weight, slot.head.bias).split(list(batch.lengths)))
             return list(class_logits(hidden_TD[batch.class_at_C], slot.head.weight))
         result = base.forward(batch, keep=torch.arange(batch.num_tokens, device=base.device))
     logits_TV = result.logits_PV
@@ -64,7 +68,7 @@ def slot_logits(base: Base, slot: Slot | OwnSlot, sequences: Sequence[Tokens]) -
 
 @torch.inference_mode()
 def model_logits(model: Any, sequences: Sequence[Tokens], *, classifies: bool = False) -> list[Tensor]:
-    """A transformers model's own logits, one sequence a forward; `classifies` says whether it is a classifier."""
+    """A transformers model's own logits, one sequence a forward; `classifies`: whether it is a sequence classifier."""
     logits = []
     for tokens in sequences:
         output = model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(model.device))

@@ -29,7 +29,7 @@ from luthier.base.folder import weight_files
 from luthier.base.identity import BaseKey, read_trained_over
 from luthier.base.load import DTYPES, load_base
 from luthier.base.nf4 import dequantize_into
-from luthier.checkpoints.peft_format import CLASSIFIER_FOLDER, check_writable, classifier_config
+from luthier.checkpoints.peft_format import CLASSIFIER_FOLDER, check_writable, classifier_config, head_kind
 from luthier.checkpoints.peft_names import HEAD
 from luthier.checkpoints.peft_read import slot_from_adapter
 from luthier.engine.slot import Slot
@@ -39,6 +39,7 @@ from luthier.export.nf4_card import nf4_card
 from luthier.files import atomic_folder, write_text
 from luthier.methods.method import LayerAdapter
 from luthier.ops.nf4 import Nf4Weight
+from luthier.types import HeadKind
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -66,6 +67,27 @@ float32, and its errors depend on how sequences lie in a batch."""
 Say = Callable[[str], None]
 
 
+def _causal() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def _classifier() -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification
+
+
+def _tagger() -> Any:
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification
+
+
+_AUTO_CLASSES: dict[HeadKind | None, Callable[[], Any]] = {None: _causal, "sequence": _classifier, "token": _tagger}
+
+
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What base + adapter says, and what an export has to say too.
@@ -86,7 +108,9 @@ class Expected:
 
     def told_by(self, model: Any) -> Expected:
         """The same questions, with what `model` says to them."""
-        return replace(self, logits=model_logits(model, self.sequences, classifies=self.config is not None))
+        return replace(
+            self, logits=model_logits(model, self.sequences, classifies=head_kind(self.config) == "sequence")
+        )
 
     def check(self, model: Any, dtype: torch.dtype, what: str) -> None:
         """Refuse a model that differs by more than the rounding of weights to `dtype` explains.
@@ -113,8 +137,9 @@ def export_merged(
 ) -> Path:
     """Write base and adapter as one model that transformers loads by itself, and prove that it is the same model.
 
-    A language model loads with `AutoModelForCausalLM`, a classifier with `AutoModelForSequenceClassification`; the
-    tokenizer, chat template and stop tokens come from the adapter's folder, else from the base's.
+    A language model loads with `AutoModelForCausalLM`, a classifier with `AutoModelForSequenceClassification`, a
+    tagger with `AutoModelForTokenClassification`; the tokenizer, chat template and stop tokens come from
+    the adapter's folder, else from the base's.
 
     Args:
         base_folder: The base's folder; read only.
@@ -187,7 +212,7 @@ def write_checked(
         if card is not None:
             write_text(temporary / "README.md", card)
         say("Loading the export again and comparing")
-        again = load_plain(temporary, wide, is_classifier=expected.config is not None)
+        again = load_plain(temporary, wide, kind=head_kind(expected.config))
         rounded.check(again, wide, f"the export {output}")
     return output
 
@@ -232,6 +257,8 @@ def merge(model: Any, slot: Slot) -> None:
                 f"transformers' classifier {type(model).__name__} has no plain head", "a head of one matrix"
             )
         getattr(model, HEAD).weight.copy_(slot.head.weight)
+        if slot.head.bias is not None:
+            getattr(model, HEAD).bias.copy_(slot.head.bias)
 
 
 # -- stages
@@ -277,18 +304,22 @@ def _classifier_config(base: Any, slot: Slot, adapter_folder: Path) -> Any:
                 f"{slot.head.out_features}, as the head has",
             )
         return config
-    return classifier_config(base, slot.head.out_features)
+    return classifier_config(base, slot.head.out_features, kind=slot.spec.head)
 
 
-def load_plain(folder: Path, dtype: torch.dtype, config: Any = None, *, is_classifier: bool = False) -> Any:
-    """A model of its own, as a user loads the folder. With a classifier's `config`, its head is yet to be filled."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, logging
+def load_plain(folder: Path, dtype: torch.dtype, config: Any = None, *, kind: HeadKind | None = None) -> Any:
+    """A model of its own, as a user loads the folder. With a classifier's `config`, its head is yet to be filled.
 
-    kind = AutoModelForSequenceClassification if config is not None or is_classifier else AutoModelForCausalLM
+    Args:
+        kind: What the head of the folder's model says a class of; None for a language model. A `config` says it itself.
+    """
+    from transformers import logging
+
+    auto_class = _AUTO_CLASSES[head_kind(config) if config is not None else kind]()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the classifier's head is missing in the base by intent
     try:
-        model = kind.from_pretrained(
+        model = auto_class.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,

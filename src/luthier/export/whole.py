@@ -10,6 +10,7 @@ import torch
 from luthier.base.adapter_files import CONFIG_FILE
 from luthier.base.folder import read_json
 from luthier.base.load import DTYPES
+from luthier.checkpoints.peft_format import head_kind
 from luthier.checkpoints.peft_names import HEAD
 from luthier.errors import ModelError
 from luthier.export.compare import Tokens, random_sequences, slot_logits
@@ -34,11 +35,11 @@ def export_model(folder: Path, output: Path, *, dtype: str | None = None, on_pro
     saved_dtype = stored_dtype(folder, dtype)
     wide = torch.promote_types(saved_dtype, torch.float32)
     config = _config(folder)
-    is_classifier = any("SequenceClassification" in name for name in config.architectures or ())
-    model = load_plain(folder, wide, is_classifier=is_classifier)
+    kind = head_kind(config)
+    model = load_plain(folder, wide, kind=kind)
     sequences = _sequences(config)
-    columns = torch.arange(config.num_labels if is_classifier else model.get_input_embeddings().weight.shape[0])
-    expected = Expected(sequences, [], columns, config if is_classifier else None).told_by(model)
+    columns = torch.arange(config.num_labels if kind else model.get_input_embeddings().weight.shape[0])
+    expected = Expected(sequences, [], columns, config if kind else None).told_by(model)
     return write_checked(model, expected, saved_dtype, output, folder, (folder,), say)
 
 
@@ -91,7 +92,7 @@ def _merged(base: PeftBase, base_folder: Path, wide: torch.dtype, config: Any) -
         ) from error
     state = merged.state_dict()
     if base.slot.head is not None:
-        state[f"{HEAD}.weight"] = base.slot.head.weight.detach()
+        state |= {f"{HEAD}.{name}": parameter.detach() for name, parameter in base.slot.head.named_parameters()}
     plain = load_plain(base_folder, wide, config)
     own = plain.state_dict()
     plain.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items() if name in own}, strict=True)

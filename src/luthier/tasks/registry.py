@@ -9,17 +9,31 @@ from luthier.tasks.chat.render import ChatTask
 from luthier.tasks.classification.render import ClassificationTask
 from luthier.tasks.completion.render import CompletionTask
 from luthier.tasks.config import TaskConfig
+from luthier.tasks.qa.render import QaTask
+from luthier.tasks.tagging.render import TaggingTask
 from luthier.tasks.task import Task
 from luthier.tasks.text.render import TextTask
+from luthier.tasks.translation.render import TranslationTask
+from luthier.types import HeadKind, Objective
 
 _TASKS: dict[str, Callable[[Any], Task]] = {
     "chat": ChatTask,
     "completion": CompletionTask,
     "text": TextTask,
+    "qa": QaTask,
+    "translation": TranslationTask,
     "classification": lambda config: ClassificationTask(config, labels=tuple(config.labels or ())),
+    "tagging": lambda config: TaggingTask(config, labels=tuple(config.labels or ())),
 }
+
+_HEADS: dict[Objective, HeadKind] = {"sequence_head": "sequence", "token_head": "token"}
 
 
 def task_for(config: TaskConfig) -> Task:
     """The task that a recipe's `task` section describes."""
     return _TASKS[config.type](config)
+
+
+def head_of(task: Task) -> HeadKind | None:
+    """What the task's head says a class of; None for a task without a head."""
+    return _HEADS.get(task.objective)

@@ -6,6 +6,10 @@
 | sharegpt       | conversations of {from, value}, optionally system and tools | chat             |
 | prompt         | prompt, completion, optionally system                       | chat, completion |
 | instruction    | instruction, output, optionally input and system            | chat, completion |
+| qa             | context, question, answers, optionally id                   | qa               |
+| translation    | source, target, optionally source_lang and target_lang      | translation      |
+| tokens         | tokens, tags (BIO)                                          | tagging          |
+| spans          | text, spans of {start, end, label} in characters            | tagging          |
 | text           | text                                                        | text             |
 | classification | text, label                                                 | classification   |
 
@@ -27,6 +31,9 @@ import jinja2.sandbox
 from luthier.data.rows import RowError, preview
 from luthier.errors import RecipeError, nearest
 
+_NO_ANSWER = "?"
+"""Stands for the answer in a row that has none."""
+
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -44,11 +51,20 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Format:
-    """One shape of rows: the columns that it needs, those that it may have, and the tasks that take it."""
+    """One shape of rows: the columns that it needs, those that it may have, and the tasks that take it.
+
+    Attributes:
+        answers: Those of the needed columns that a row to predict for may lack.
+    """
 
     needs: tuple[str, ...]
     tasks: tuple[str, ...]
     may_have: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+
+    def needed(self, is_query: bool) -> tuple[str, ...]:
+        """The columns that a row, or a row to predict for, cannot do without."""
+        return tuple(name for name in self.needs if not (is_query and name in self.answers))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -58,10 +74,14 @@ class Format:
 FORMATS: dict[str, Format] = {
     "chat": Format(("messages",), ("chat",), ("tools",)),
     "sharegpt": Format(("conversations",), ("chat",), ("system", "tools")),
-    "prompt": Format(("prompt", "completion"), ("chat", "completion"), ("system",)),
-    "instruction": Format(("instruction", "output"), ("chat", "completion"), ("input", "system")),
+    "prompt": Format(("prompt", "completion"), ("chat", "completion"), ("system",), ("completion",)),
+    "instruction": Format(("instruction", "output"), ("chat", "completion"), ("input", "system"), ("output",)),
+    "qa": Format(("context", "question", "answers"), ("qa",), ("id",), ("answers",)),
+    "translation": Format(("source", "target"), ("translation",), ("source_lang", "target_lang"), ("target",)),
+    "tokens": Format(("tokens", "tags"), ("tagging",), (), ("tags",)),
+    "spans": Format(("text", "spans"), ("tagging",), (), ("spans",)),
     "text": Format(("text",), ("text",)),
-    "classification": Format(("text", "label"), ("classification",)),
+    "classification": Format(("text", "label"), ("classification",), (), ("label",)),
 }
 """Every format by its name in a recipe."""
 
@@ -78,22 +98,27 @@ def recognize(columns: Sequence[str], task: str | None = None) -> str | None:
     return next((name for name in matches if set(FORMATS[name].needs) <= set(columns)), None)
 
 
-def convert(row: Mapping[str, Any], format: str, task: str) -> Mapping[str, Any]:
+def convert(row: Mapping[str, Any], format: str, task: str, is_query: bool = False) -> Mapping[str, Any]:
     """A row of a known format as the mapping that the task parses.
 
-    Chat is given {messages, tools}, completion {prompt, completion}, text {text}, classification {text, label}. Values
-    are checked by the task; here only what must be taken apart is.
+    Chat is given {messages, tools}, completion {prompt, completion}; the other tasks are given the columns of the
+    format. Values are checked by the task; here only what must be taken apart is.
+
+    Args:
+        is_query: The row is to be predicted for, and may lack the answer.
 
     Raises:
         RowError: where a column is missing or cannot be taken apart.
     """
     shape = FORMATS[format]
-    for name in shape.needs:
+    for name in shape.needed(is_query):
         if row.get(name) is None:
             raise _missing(name, row, f"columns of format {format!r}: {', '.join(shape.needs)}")
     converter = _CONVERTERS.get((format, task))
     if converter is not None:
-        return converter(row)
+        # A conversation is taken apart as a whole; an answer that is missing is put in and taken off by the task.
+        missing = {name: _NO_ANSWER for name in shape.answers if row.get(name) is None} if is_query else {}
+        return converter({**row, **missing})
     return {name: row[name] for name in shape.columns if row.get(name) is not None}
 
 
@@ -135,8 +160,11 @@ class Shaper:
         for name, source in self.template.items():
             _compile(name, source)
 
-    def shape(self, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    def shape(self, row: Mapping[str, Any] | str, is_query: bool = False) -> Mapping[str, Any]:
         """Map, compose and convert one raw row.
+
+        Args:
+            is_query: The row is to be predicted for: columns of the answer may be missing, and are not composed.
 
         Raises:
             RowError: where a column is missing, or no format fits.
@@ -146,16 +174,23 @@ class Shaper:
         if not isinstance(row, Mapping):
             raise RowError("", f"the row is {preview(row)}", "an object with named columns")
         shaped = dict(row)
+        answers = self._answers() if is_query else frozenset[str]()
         for name, column in self.fields.items():
+            if name in answers and column not in row:
+                continue
             if column not in row:
                 raise _missing(column, row, f"the column that data.fields maps onto {name!r}")
             shaped[name] = row[column]
         visible = dict(shaped)
         for name, source in self.template.items():
-            shaped[name] = _compose(name, source, visible)
-        return convert(shaped, self._format_of(shaped), self.task)
+            if name not in answers:
+                shaped[name] = _compose(name, source, visible)
+        return convert(shaped, self._format_of(shaped, is_query), self.task, is_query)
 
-    def _format_of(self, row: Mapping[str, Any]) -> str:
+    def _answers(self) -> frozenset[str]:
+        return frozenset(name for shape in FORMATS.values() if self.task in shape.tasks for name in shape.answers)
+
+    def _format_of(self, row: Mapping[str, Any], is_query: bool = False) -> str:
         if self.format != "auto":
             return self.format
         accepted = {name: shape for name, shape in FORMATS.items() if self.task in shape.tasks}
@@ -163,7 +198,7 @@ class Shaper:
         named = {*self.fields, *self.template}
         candidates = [name for name, shape in accepted.items() if named <= set(shape.columns)] or list(accepted)
         present = {name for name, value in row.items() if value is not None}
-        found = next((name for name in candidates if set(accepted[name].needs) <= present), None)
+        found = next((name for name in candidates if set(accepted[name].needed(is_query)) <= present), None)
         if found is not None:
             return found
         closest = max(candidates, key=lambda name: len(present & set(accepted[name].columns)))

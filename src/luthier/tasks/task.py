@@ -1,9 +1,14 @@
-"""What a task is: one page of verbs between a raw row and what the engine trains on and is judged by.
+"""What a task is: one page of verbs between a raw row and what the engine trains on, predicts and is judged by.
 
-    row --shape--> mapping --parse--> record --examples--> Example (tokens, loss weights or a class)
+    row --shape--> mapping --parse--> record --examples--> Example (tokens, loss weights, a class or tags)
                                              --prompts---> Prompt  (what to generate from, and the right answer)
+                                             --queries---> Example (what a head reads)
 
-`luthier.tasks.shapes` does the first arrow, for every task; the rest is here. A task is added as a folder
+    what the model wrote, or a head's probabilities --read--> prediction --mark-----> Marks (what scores are made of)
+                                                                         --present--> a line of `luthier predict`
+
+`luthier.tasks.shapes` does the first arrow, for every task; the rest is here. `tasks/defaults.py` has the verbs of
+tasks without classes, and of those that write. A task is added as a folder
 `tasks/<name>/` with `schema.py` (record and options), `render.py` (these verbs) and `metrics.py` (pure functions that
 judge), and a line in `registry.py`.
 """
@@ -11,12 +16,47 @@ judge), and a line in `registry.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from luthier.data.template import Renderer
-from luthier.types import Example, Objective, Prompt
+from luthier.types import NO_CLASS, Example, Objective, Prompt
 
 Truncation = Literal["error", "drop", "end", "start"]
+
+Probabilities = NDArray[np.float32]
+"""[positions, classes]: what a head gives at each position of one example that it reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What one prediction adds to the scores.
+
+    Attributes:
+        reply: The prediction as a person reads it.
+        reference: What counts as right, likewise.
+        is_right: Whether the prediction is right as a whole; None where that says nothing.
+        is_exact: What "exact_match" counts; None for tasks that do not report it.
+        class_index, predicted_class: What "accuracy" and "macro_f1" count, or `NO_CLASS`.
+        ratios: Metric -> (above, below): the score of many rows is the sum of the one over the sum of the other.
+        statistics: Metric of a whole corpus ("chrf", "bleu") -> the sums that it is computed from.
+        parts: Kind of thing within the row (a type of entity) -> its own ratios.
+        group: The row's own kind, for a breakdown, or None.
+    """
+
+    reply: str
+    reference: str
+    is_right: bool | None = None
+    is_exact: bool | None = None
+    class_index: int = NO_CLASS
+    predicted_class: int | None = None
+    ratios: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    statistics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    group: str | None = None
 
 
 class Record(Protocol):
@@ -47,11 +87,25 @@ class Task(Protocol):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes in order; empty for tasks without classes, and before they are known."""
+        """The classes that records name, in order; empty for tasks without classes, and before they are known."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the head's classes are called, in order: the labels, or the tags made of them."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Packages that scoring needs, of the extra `tasks`."""
         ...
 
     def with_labels(self, labels: Sequence[str]) -> Task:
-        """The same task with its classes settled. Tasks without classes return themselves."""
+        """The same task with its classes settled. Tasks without classes return themselves.
+
+        Raises:
+            DataError: for too few classes, or one named twice.
+        """
         ...
 
     def parse(self, row: Mapping[str, Any]) -> Any:
@@ -62,12 +116,20 @@ class Task(Protocol):
         """
         ...
 
+    def parse_query(self, row: Mapping[str, Any]) -> Any:
+        """`parse` for a row to predict for, which may lack the answer; the record then holds none.
+
+        Raises:
+            RowError: as `parse`, but for the answer.
+        """
+        ...
+
     def from_json(self, value: Mapping[str, Any]) -> Any:
         """The record that `to_json` wrote."""
         ...
 
-    def label_of(self, record: Any) -> str | None:
-        """The record's class, or None for tasks without classes."""
+    def labels_of(self, record: Any) -> tuple[str, ...]:
+        """The record's classes, one for each thing that has one; empty for tasks without classes."""
         ...
 
     def examples(
@@ -104,4 +166,41 @@ class Task(Protocol):
         Returns:
             One prompt, or none for a task that is not judged by what it writes.
         """
+        ...
+
+    def queries(self, record: Any, renderer: Renderer, max_length: int, row: int = 0) -> list[Example]:
+        """What a head reads of a record, in order, whatever its answer; empty for a task that writes.
+
+        Positions that are read have some class in the examples, so that the engine gives probabilities there.
+
+        Raises:
+            RowError: kind "empty" for a record without tokens.
+        """
+        ...
+
+    def read(self, record: Any, renderer: Renderer, max_length: int, given: Sequence[Probabilities]) -> Any:
+        """A head's prediction.
+
+        Args:
+            record, renderer, max_length: As `queries` had them.
+            given: What the head gave for each of these examples.
+        """
+        ...
+
+    def mark(self, record: Any, prediction: Any, reference: str = "") -> Marks:
+        """Hold a prediction against the record's answer.
+
+        Args:
+            record: From `parse`.
+            prediction: What the model wrote, or what `read` made of a head's probabilities.
+            reference: The prompt's, for tasks that write.
+        """
+        ...
+
+    def present(self, record: Any, prediction: Any) -> dict[str, Any]:
+        """The prediction as a line of `luthier predict`: plain JSON values."""
+        ...
+
+    def signatures(self, records: Sequence[Any]) -> dict[str, str]:
+        """Metric -> how it is computed on these records, where there is more than one way."""
         ...

@@ -24,6 +24,7 @@ from luthier.errors import ModelError, RunError
 from luthier.export.whole import is_of_peft
 from luthier.methods.peft.layer import read_peft
 from luthier.recipe import Recipe
+from luthier.tasks.registry import head_of, task_for
 from luthier.worker.loading import Placement, load_placed, load_tuned, placement_of
 from luthier.worker.run_folder import RunFolder
 
@@ -137,8 +138,11 @@ def open_chat(model: str | Path) -> ChatSession:
 def _open_run(path: Path) -> ChatSession:
     run = RunFolder.open(path)
     recipe = run.recipe()
-    if recipe.task.type == "classification":
-        raise RunError(f"{path} is a classifier, which does not write", fix="judge it with `luthier eval`")
+    if head_of(task_for(recipe.task)) is not None:
+        raise RunError(
+            f"{path} is of task {recipe.task.type}, whose model does not write",
+            fix=f"ask it about rows with `luthier predict {path} FILE`, or judge it with `luthier eval {path}`",
+        )
     placement = placement_of(recipe)
     tuned = load_tuned(run, recipe, placement)
     original = None

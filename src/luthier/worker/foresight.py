@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from luthier.methods.exclusive.layer import own_over
 from luthier.methods.peft.fields import VIRTUAL_TOKENS
 from luthier.ops.nf4 import num_bytes_of
 from luthier.recipe import Recipe
+from luthier.tasks.registry import head_of, task_for
 from luthier.types import AdapterSpec, Example, Examples, ExclusiveSpec
 from luthier.worker.loading import Placement
 
@@ -96,16 +98,18 @@ def _foresee(
 
 
 def _spec(recipe: Recipe, examples: Examples | None, num_classes: int | None) -> AdapterSpec | ExclusiveSpec:
-    if recipe.task.type == "classification" and num_classes is None:
-        num_classes = 2  # the data tells how many; a head is small
+    kind = head_of(task_for(recipe.task))
+    head: dict[str, Any] = {}
+    if kind is not None:  # the data tells how many classes; a head is small
+        head = {"num_classes": num_classes or 2, "head": kind}
     if recipe.method.runs == "exclusive":
         steps = total_steps(len(examples) if examples is not None else recipe.train.batch_size, recipe.train.spec())
-        return replace(exclusive_spec(recipe.method), num_classes=num_classes, total_steps=steps)
+        return replace(exclusive_spec(recipe.method), total_steps=steps, **head)
     spec = bank_spec(recipe.method)
     targets = spec.targets if isinstance(spec.targets, str) else tuple(map(_in_every_block, spec.targets))
     # Rows of the vocabulary: any ids serve to count them.
     tokens = tuple(range(len(recipe.method.new_tokens)))
-    return replace(spec, targets=targets, num_classes=num_classes, new_tokens=tokens)
+    return replace(spec, targets=targets, new_tokens=tokens, **head)
 
 
 def _in_every_block(target: str) -> str:

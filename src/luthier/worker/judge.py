@@ -11,14 +11,16 @@ import numpy as np
 
 from luthier.base.load import Base
 from luthier.data.prepare import PreparedData
-from luthier.data.store import ExampleStore
+from luthier.data.store import ExampleStore, RecordStore
 from luthier.data.template import Renderer
+from luthier.engine.choices import OneOf
 from luthier.engine.pack import BASE_SLOT, PackItem, pack
 from luthier.engine.sample import Request, Sampler, SamplingParams
 from luthier.engine.step import SequenceReport, score
 from luthier.evaluate.metrics import RowScore, evaluation
-from luthier.tasks.chat.metrics import exact_match
-from luthier.types import NO_CLASS, Example
+from luthier.tasks.registry import head_of
+from luthier.tasks.task import Marks, Probabilities
+from luthier.types import Example, Prompt
 from luthier.worker.budget import JudgingBudget, spread_rows
 from luthier.worker.progress import Progress, SilentProgress
 
@@ -71,6 +73,7 @@ class Judge:
         generated = spread_rows(len(self.at), budget.num_generated, seed)
         self.generated_at = [self.at[i] for i in generated]
         self.max_new_tokens = max_new_tokens
+        self._place: dict[int, int] = {}
 
     def scores(self, slot: int, what: str, num_shots: int = 0) -> list[RowScore]:
         """Judge the base with slot `slot` (or none) on every row.
@@ -79,7 +82,7 @@ class Judge:
         """
         replies = self._replies(slot, what, num_shots)
         if num_shots:
-            return list(replies.values())
+            return [_marked(RowScore(row), marks) for row, marks in replies.items()]
         return self._join(self._likelihoods(slot, what), replies)
 
     # -- likelihood
@@ -96,42 +99,52 @@ class Judge:
                 self.between()
 
         reports = score_examples(self.base, examples, slot, on_done, self.score_tokens)
-        labels = self.data.task.labels
-        return [_row_score(example, report, labels) for example, report in zip(examples, reports, strict=True)]
+        scores = [_row_score(example, report) for example, report in zip(examples, reports, strict=True)]
+        if head_of(self.data.task) is None:
+            return scores
+        given: dict[int, list[Probabilities]] = {}
+        for example, report in zip(examples, reports, strict=True):
+            assert report.probabilities_CK is not None
+            given.setdefault(example.row, []).append(report.probabilities_CK)
+        return self._join(scores, {row: self._read(row, found) for row, found in given.items()})
+
+    def _read(self, row: int, given: list[Probabilities]) -> Marks:
+        """What a head's probabilities for a row's examples are worth."""
+        task, record = self.data.task, self._record(row)
+        return task.mark(record, task.read(record, self.renderer, self.data.max_length, given))
 
     @staticmethod
-    def _join(scores: list[RowScore], replies: dict[int, RowScore]) -> list[RowScore]:
-        """Put each row's reply onto its last example: the one that holds the turn judged."""
+    def _join(scores: list[RowScore], marks: dict[int, Marks]) -> list[RowScore]:
+        """Put each row's marks onto its last example: the one that holds the turn judged."""
         last = {score.row: index for index, score in enumerate(scores)}
         joined = list(scores)
-        for row, reply in replies.items():
+        for row, found in marks.items():
             if row in last:
-                joined[last[row]] = replace(
-                    joined[last[row]], reply=reply.reply, reference=reply.reference, is_exact=reply.is_exact
-                )
+                joined[last[row]] = _marked(joined[last[row]], found)
         return joined
 
     # -- replies
 
-    def _replies(self, slot: int, what: str, num_shots: int) -> dict[int, RowScore]:
+    def _replies(self, slot: int, what: str, num_shots: int) -> dict[int, Marks]:
         if not self.generated_at or not self.data.task.generates:
             return {}
         prompts = self.prompts(num_shots)
-        params = SamplingParams(max_new_tokens=self.reply_limit, stop_ids=tuple(self.renderer.stop_ids))
-        requests = [Request(str(n), prompt.tokens, slot, params) for n, prompt in enumerate(prompts)]
-        sampler = Sampler(self.base, self.renderer.decode)
-        done = sampler.run(requests, lambda n, total: self.on_rows(f"{what}, replies", n, total), between=self.between)
+        done = write_replies(
+            self.base,
+            self.renderer,
+            prompts,
+            slot,
+            self.reply_limit,
+            on_rows=lambda n, total: self.on_rows(f"{what}, replies", n, total),
+            between=self.between,
+        )
+        task = self.data.task
         return {
-            prompt.row: RowScore(
-                prompt.row,
-                reply=reply.text,
-                reference=prompt.reference,
-                is_exact=exact_match(reply.text, prompt.reference),
-            )
+            prompt.row: task.mark(self._record(prompt.row), reply, prompt.reference)
             for prompt, reply in zip(prompts, done, strict=True)
         }
 
-    def prompts(self, num_shots: int = 0) -> list[Any]:
+    def prompts(self, num_shots: int = 0) -> list[Prompt]:
         """The prompts to generate from, one a row."""
         if not self.generated_at or self.data.validation_records is None:
             return []
@@ -149,9 +162,53 @@ class Judge:
         longest = max((len(self.renderer.encode(prompt.reference)) for prompt in self.prompts()), default=0)
         return min(self.max_new_tokens, int(longest * ROOM_FOR_REPLY) + EXTRA_TOKENS)
 
-    def prompt_texts(self) -> dict[int, tuple[str, str]]:
-        """Row -> (prompt as a person reads it, reference)."""
-        return {prompt.row: (prompt.text, prompt.reference) for prompt in self.prompts()}
+    def prompt_texts(self) -> dict[int, str]:
+        """Row -> what the model was given, as a person reads it."""
+        if self.data.task.generates:
+            return {prompt.row: prompt.text for prompt in self.prompts()}
+        if head_of(self.data.task) is None:
+            return {}
+        rows = self._records().rows
+        return {int(rows[i]): self._record(int(rows[i])).text for i in self.at}
+
+    def signatures(self) -> dict[str, str]:
+        """Metric -> how it is computed on the rows judged."""
+        task = self.data.task
+        return task.signatures([task.from_json(self._records()[i]) for i in self.generated_at])
+
+    def _records(self) -> RecordStore:
+        assert self.data.validation_records is not None
+        return self.data.validation_records
+
+    def _record(self, row: int) -> Any:
+        """The record of a row's index."""
+        if not self._place:
+            self._place = {int(found): i for i, found in enumerate(self._records().rows)}
+        return self.data.task.from_json(self._records()[self._place[row]])
+
+
+def write_replies(
+    base: Base,
+    renderer: Renderer,
+    prompts: Sequence[Prompt],
+    slot: int,
+    max_new_tokens: int,
+    *,
+    on_rows: Callable[[int, int], None] | None = None,
+    between: Callable[[], None] | None = None,
+) -> list[str]:
+    """The likeliest reply to each prompt, batched; held to the prompt's choices where it has some."""
+    params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=tuple(renderer.stop_ids))
+    end = renderer.end_of_turn_id if renderer.can_chat else renderer.require_eos_id()
+    requests = []
+    for n, prompt in enumerate(prompts):
+        constraint, own = None, params
+        if prompt.choices:
+            sequences = [renderer.continuation(prompt.text, prompt.tokens.tolist(), c) for c in prompt.choices]
+            constraint = OneOf(sequences, end, base.vocabulary_size)
+            own = replace(params, max_new_tokens=max(len(sequence) for sequence in sequences) + 1)
+        requests.append(Request(str(n), prompt.tokens, slot, own, constraint))
+    return [reply.text for reply in Sampler(base, renderer.decode).run(requests, on_rows, between=between)]
 
 
 def examples_of_rows(store: ExampleStore, rows: set[int]) -> list[Example]:
@@ -188,42 +245,49 @@ def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
     weight = sum(report.weight_sum for report in reports)
     loss = sum(report.nll_sum for report in reports) / weight
     correct = sum(report.num_correct for report in reports) / max(1, sum(report.num_targets for report in reports))
-    if any(report.predicted_class >= 0 for report in reports):
-        return {"loss": loss, "accuracy": correct}
+    if any(report.probabilities_CK is not None for report in reports):
+        is_sequence = any(report.predicted_class >= 0 for report in reports)
+        return {"loss": loss, "accuracy" if is_sequence else "tag_accuracy": correct}
     return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "token_accuracy": correct}
 
 
-def _row_score(example: Example, report: SequenceReport, labels: Sequence[str]) -> RowScore:
-    if example.class_index != NO_CLASS:
-        return RowScore(
-            example.row,
-            report.nll_sum,
-            report.weight_sum,
-            reference=labels[example.class_index],
-            class_index=example.class_index,
-            predicted_class=report.predicted_class,
-        )
-    return RowScore(example.row, report.nll_sum, report.weight_sum, report.num_correct, report.num_targets)
+def _row_score(example: Example, report: SequenceReport) -> RowScore:
+    if report.probabilities_CK is None:
+        return RowScore(example.row, report.nll_sum, report.weight_sum, report.num_correct, report.num_targets)
+    score = RowScore(example.row, report.nll_sum, report.weight_sum)
+    if example.tags is not None:
+        score = replace(score, ratios={"tag_accuracy": (report.num_correct, report.num_targets)})
+    return score
 
 
-def predictions(
-    scores: dict[str, list[RowScore]], prompts: dict[int, tuple[str, str]], labels: Sequence[str]
-) -> list[dict[str, Any]]:
+def _marked(score: RowScore, marks: Marks) -> RowScore:
+    return replace(
+        score,
+        reply=marks.reply,
+        reference=marks.reference,
+        is_exact=marks.is_exact,
+        is_right=marks.is_right,
+        class_index=marks.class_index,
+        predicted_class=marks.predicted_class,
+        ratios={**score.ratios, **marks.ratios},
+        statistics=dict(marks.statistics),
+        parts={part: dict(found) for part, found in marks.parts.items()},
+        group=marks.group,
+    )
+
+
+def predictions(scores: dict[str, list[RowScore]], prompts: dict[int, str]) -> list[dict[str, Any]]:
     """A line a row for predictions.jsonl: the prompt, the reference, and what each model made of it."""
     lines: dict[int, dict[str, Any]] = {}
     for who, rows in scores.items():
         for row in rows:
+            if row.reply is None:
+                continue
             line = lines.setdefault(row.row, {"row": row.row})
             if row.row in prompts:
-                line["prompt"], line["reference"] = prompts[row.row]
-            if row.reply is not None:
-                line[who], line[f"{who}_correct"] = row.reply, row.is_exact
-            elif row.is_classed:
-                assert row.predicted_class is not None
-                line["reference"] = labels[row.class_index]
-                line[who] = labels[row.predicted_class]
-                line[f"{who}_correct"] = row.predicted_class == row.class_index
-    return [line for line in lines.values() if len(line) > 1]
+                line["prompt"] = prompts[row.row]
+            line["reference"], line[who], line[f"{who}_correct"] = row.reference, row.reply, row.is_right
+    return list(lines.values())
 
 
 def evaluate_run(
@@ -245,4 +309,4 @@ def evaluate_run(
         judge = loaded.judge_of_base()
         slots = list(judge.base.bank.slots)  # a classifier's base has a slot with an untrained head
         base = judge.scores(slots[0] if slots else BASE_SLOT, "base")
-    return evaluation({"base": base, "tuned": tuned})
+    return evaluation({"base": base, "tuned": tuned}, signatures=loaded.judge.signatures())

@@ -171,9 +171,11 @@ class Judging:
 
     def write(self) -> dict[str, Any]:
         """Write eval.json and predictions.jsonl; returns what eval.json holds."""
-        values = evaluation(self.scores) if self.scores else {"num_rows": 0, "base": {}, "tuned": {}}
+        values: dict[str, Any] = {"num_rows": 0, "base": {}, "tuned": {}}
+        if self.scores:
+            values = evaluation(self.scores, signatures=self.judge.signatures())
         self.folder.write_json("eval.json", values)
-        lines = predictions(self.scores, self.judge.prompt_texts(), self.data.task.labels)
+        lines = predictions(self.scores, self.judge.prompt_texts())
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.folder.path / "predictions.jsonl", text)
         return values

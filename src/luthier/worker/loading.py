@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,19 +22,18 @@ from luthier.data.prepare import PreparedData, prepare
 from luthier.data.template import Renderer
 from luthier.engine.pack import BASE_SLOT
 from luthier.errors import RecipeError, RunError
-from luthier.extras import require_bitsandbytes
+from luthier.extras import require_bitsandbytes, require_for_scoring
 from luthier.methods.config import bank_spec
 from luthier.methods.exclusive.layer import load_own
 from luthier.methods.peft.layer import read_peft
 from luthier.recipe import DataConfig, Recipe
-from luthier.tasks.registry import task_for
-from luthier.types import AdapterSpec, ExclusiveSpec
+from luthier.tasks.registry import head_of, task_for
+from luthier.tasks.task import Task
+from luthier.types import AdapterSpec, ExclusiveSpec, HeadKind
 from luthier.worker.budget import JudgingBudget
 from luthier.worker.judge import Judge
 from luthier.worker.progress import Progress
 from luthier.worker.run_folder import RunFolder
-
-CLASSIFIER_HEAD = f"{HEAD}.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,10 @@ def placement_of(recipe: Recipe, say: Callable[[str], None] = lambda text: None)
     """Fetch the recipe's base if need be, and settle device and dtype.
 
     Raises:
-        RecipeError: for a device that is not here, or a quantized base without bitsandbytes.
+        RecipeError: for a device that is not here, a quantized base without bitsandbytes, or a task whose scores need
+            packages that are not here.
     """
+    require_for_scoring(recipe.task.type, task_for(recipe.task).needs)
     quantization = recipe.method.quantization
     if quantization is not None:
         require_bitsandbytes(f"method: {recipe.method.type}")
@@ -125,10 +127,16 @@ def public_name(base: str) -> str:
     return entry.hub_id if entry is not None else base
 
 
-def adapter_spec(recipe: Recipe, renderer: Renderer, num_classes: int | None) -> AdapterSpec:
-    """The recipe's method as the engine reads it."""
+def adapter_spec(recipe: Recipe, renderer: Renderer, task: Task) -> AdapterSpec:
+    """The recipe's method as the engine reads it, with the head that its task asks for."""
     tokens = tuple(renderer.token_id(token) for token in recipe.method.new_tokens)
-    return replace(bank_spec(recipe.method), new_tokens=tokens, num_classes=num_classes)
+    return replace(bank_spec(recipe.method), new_tokens=tokens, **head_fields(task))
+
+
+def head_fields(task: Task) -> dict[str, Any]:
+    """The fields of a spec that say which head a task asks for; its classes are settled."""
+    kind = head_of(task)
+    return {} if kind is None else {"num_classes": len(task.outputs), "head": kind}
 
 
 def prepare_data(
@@ -199,21 +207,26 @@ def load_tuned(run: RunFolder, recipe: Recipe, placement: Placement) -> Tuned:
 
 def classifier_slot(base: Base, folder: Path) -> int:
     """A whole model that classifies keeps its head beside its body; a language model needs no slot."""
-    head = next((tensors for tensors in _tensors_named(folder, CLASSIFIER_HEAD)), None)
-    if head is None:
+    tensors = _head_tensors(folder)
+    if not tensors:
         return BASE_SLOT
-    slot = base.bank.add(AdapterSpec(targets=(), num_classes=head.shape[0]), seed=0)
+    kind: HeadKind = "token" if "bias" in tensors else "sequence"
+    slot = base.bank.add(AdapterSpec(targets=(), num_classes=tensors["weight"].shape[0], head=kind), seed=0)
     assert slot.head is not None
     with torch.no_grad():
-        slot.head.weight.copy_(head)
+        for name, parameter in slot.head.named_parameters():
+            parameter.copy_(tensors[name])
     return slot.index
 
 
-def _tensors_named(folder: Path, name: str) -> Iterator[torch.Tensor]:
+def _head_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """A classifier's "weight" and, for tags, "bias"; empty for a language model."""
+    tensors = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 (it is no mapping)
-                yield file.get_tensor(name)
+            for name in (name for name in file.keys() if name.startswith(f"{HEAD}.")):  # noqa: SIM118 (no mapping)
+                tensors[name.removeprefix(f"{HEAD}.")] = file.get_tensor(name)
+    return tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +279,9 @@ def load_run(run: str | Path, *, data: Path | None, rows: int | None, progress: 
 
     def judge_of_base() -> Judge:
         base = load_placed(placement, recipe.compute.threads)
-        labels = prepared.task.labels
-        if labels:
-            base.bank.add(AdapterSpec(targets=(), num_classes=len(labels)), recipe.train.seed)
+        head = head_fields(prepared.task)
+        if head:
+            base.bank.add(AdapterSpec(targets=(), **head), recipe.train.seed)
         return judge_on(base)
 
     return LoadedRun(judge_on(tuned.base), tuned.slot, tuned.base_slot, judge_of_base)

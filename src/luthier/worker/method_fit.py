@@ -12,6 +12,7 @@ from luthier.methods.config import bank_spec, exclusive_spec
 from luthier.methods.exclusive.layer import Outline, check
 from luthier.methods.peft.fields import check_fields
 from luthier.recipe import Recipe
+from luthier.tasks.registry import head_of, task_for
 from luthier.worker.peft_values import check_values
 
 
@@ -51,6 +52,7 @@ def check_exclusive_method(recipe: Recipe, folder: Path) -> Outline:
             "the model to go on from as the base",
             f"name it under `base`, as in base: {recipe.start_from}",
         )
-    if recipe.task.type == "classification":
-        spec = replace(spec, num_classes=2)  # how many there are shows with the data; that there are any, now
+    kind = head_of(task_for(recipe.task))
+    if kind is not None:  # how many classes there are shows with the data; that there are any, now
+        spec = replace(spec, num_classes=2, head=kind)
     return check(folder, spec)

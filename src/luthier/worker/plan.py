@@ -22,6 +22,7 @@ from luthier.data.template import Renderer
 from luthier.engine.memory import available_bytes
 from luthier.errors import LuthierError, ModelError, RecipeError
 from luthier.recipe import Recipe
+from luthier.tasks.registry import head_of
 from luthier.worker.foresight import Foresight, foresee
 from luthier.worker.judge import EXTRA_TOKENS, ROOM_FOR_REPLY
 from luthier.worker.loading import Placement, placed_on, prepare_data
@@ -187,7 +188,9 @@ def data_at_hand(recipe: Recipe, base_folder: Path) -> Iterator[PreparedData | N
 
 
 def _num_classes(data: PreparedData | None) -> int | None:
-    return (len(data.task.labels) or None) if data is not None else None
+    if data is None or head_of(data.task) is None:
+        return None
+    return len(data.task.outputs) or None
 
 
 def _loading_bytes(placement: Placement, foresight: Foresight) -> int:

@@ -195,7 +195,7 @@ class RecordedRun:
             "base_sha256": result.result["base_sha256"],
             "data_sha256": result.result["data_sha256"],
             "best_step": result.result["best_step"],
-            "labels": list(self.run.data.task.labels),
+            "labels": list(self.run.data.task.outputs),
             "versions": resolved_versions(),
         }
         return files, JobResult(name, "", 0, lineage, result.evaluation, self.job.step, form)

@@ -35,7 +35,7 @@ from luthier.recipe import Recipe
 from luthier.types import ExclusiveSpec
 from luthier.worker.judge import SCORE_TOKENS
 from luthier.worker.judging import Best, Judging, counted
-from luthier.worker.loading import adapter_spec, prepare_data, public_name
+from luthier.worker.loading import adapter_spec, head_fields, prepare_data, public_name
 from luthier.worker.progress import Progress
 from luthier.worker.result import RunResult, kept_result
 from luthier.worker.run_folder import RunFolder
@@ -135,8 +135,7 @@ class Run:
 
     def _make_slot(self, base: Base, *, fresh: bool) -> Slot:
         """The job's slot; with `fresh` false its values are loaded next, so that no start is computed."""
-        labels = self.data.task.labels
-        spec = adapter_spec(self.recipe, self.renderer, len(labels) or None)
+        spec = adapter_spec(self.recipe, self.renderer, self.data.task)
         if self.recipe.start_from is None:
             return base.bank.add(spec, self.recipe.train.seed, fresh=fresh)
         return started_slot(base, self.recipe.start_from, spec, self.name, self.progress)
@@ -144,8 +143,7 @@ class Run:
     def exclusive_spec(self) -> ExclusiveSpec:
         """What an exclusive method does, with what the data and the schedule add."""
         steps = total_steps(len(self.data.train), self.recipe.train.spec())
-        labels = self.data.task.labels
-        return replace(exclusive_spec(self.recipe.method), num_classes=len(labels) or None, total_steps=steps)
+        return replace(exclusive_spec(self.recipe.method), total_steps=steps, **head_fields(self.data.task))
 
     def _check_base(self, extra: dict[str, Any]) -> None:
         now = self._base_identity()
@@ -325,7 +323,7 @@ class Run:
     def _adapter_facts(self) -> dict[str, Any]:
         return {
             "base_name": public_name(self.recipe.base),
-            "labels": list(self.data.task.labels) or None,
+            "labels": list(self.data.task.outputs) or None,
             "pad_token_id": self.renderer.pad_id,
         }
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from luthier.base.adapter_files import HEADS
 from luthier.base.own import OwnBase
 from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackedBatch
@@ -226,10 +228,10 @@ def read_peft(model: Any, base_folder: Path, folder: Path) -> PeftBase:
     _without_compiling()
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
-        is_classifier = config.task_type == "SEQ_CLS"
+        head = HEADS.get(config.task_type)
         # The engine keeps a classifier's head beside the model, so that bodies are loaded alike.
         config.task_type = "CAUSAL_LM"
-        if is_classifier:
+        if head is not None:
             config.modules_to_save = [name for name in config.modules_to_save if name != HEAD_NAME] or None
         with _quiet():
             peft_model = PeftModel.from_pretrained(model, str(folder), config=config, adapter_name=ADAPTER)
@@ -237,8 +239,9 @@ def read_peft(model: Any, base_folder: Path, folder: Path) -> PeftBase:
         raise ModelError(
             f"{folder} does not load over this base: {first_line(error)}", "an adapter of peft for this base"
         ) from error
-    num_classes = _head_weight(folder).shape[0] if is_classifier else None
-    spec = ExclusiveSpec("peft", peft_type=str(config.peft_type.value), num_classes=num_classes)
+    spec = ExclusiveSpec("peft", peft_type=str(config.peft_type.value))
+    if head is not None:
+        spec = replace(spec, num_classes=_head_tensors(folder)["weight"].shape[0], head=head)
     base = peft_base(peft_model, base_folder, spec, num_parameters, seed=0)
     _load_head(base.slot, folder)
     return base
@@ -263,24 +266,25 @@ def _other_method(spec: ExclusiveSpec, folder: Path) -> str:
 def _load_head(slot: OwnSlot, folder: Path) -> None:
     if slot.head is None:
         return
-    weight = _head_weight(folder)
-    if weight.shape != slot.head.weight.shape:
-        raise RecipeError(
-            f"start_from: {folder} has {weight.shape[0]} classes", f"{slot.head.out_features}, as the data has"
-        )
+    tensors, own = _head_tensors(folder), dict(slot.head.named_parameters())
+    if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in own.items()}:
+        found = f"{tensors['weight'].shape[0]} classes{', with a bias' if 'bias' in tensors else ''}"
+        raise RecipeError(f"start_from: {folder} has {found}", f"{slot.head.out_features}, as the data has")
     with torch.no_grad():
-        slot.head.weight.copy_(weight)
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
 
 
-def _head_weight(folder: Path) -> Tensor:
+def _head_tensors(folder: Path) -> dict[str, Tensor]:
+    """The head's weight and, where it has one, bias."""
     from luthier.base.adapter_files import PREFIX, WEIGHTS_FILE
     from luthier.checkpoints.tensor_file import read_tensors
 
-    name = f"{PREFIX}{HEAD_NAME}.weight"
+    name = f"{PREFIX}{HEAD_NAME}."
     tensors = read_tensors(folder / WEIGHTS_FILE)
-    if name not in tensors:
-        raise ModelError(f"{folder / WEIGHTS_FILE} holds no classifier head", name)
-    return tensors[name]
+    if f"{name}weight" not in tensors:
+        raise ModelError(f"{folder / WEIGHTS_FILE} holds no classifier head", f"{name}weight")
+    return {key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)}
 
 
 def _without_compiling() -> None:

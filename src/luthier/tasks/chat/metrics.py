@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
+from luthier.tasks.defaults import exact_match
 
-def exact_match(reply: str, reference: str) -> bool:
-    """Whether the reply is the reference, white space around either aside. Nothing else is forgiven."""
-    return reply.strip() == reference.strip()
+__all__ = ["exact_match"]

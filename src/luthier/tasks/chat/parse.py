@@ -54,6 +54,29 @@ def parse_conversation(row: Mapping[str, Any], system: str | None = None) -> Con
     return Conversation(tuple(messages), _parse_tools(row.get("tools")))
 
 
+def parse_open_conversation(row: Mapping[str, Any], system: str | None = None) -> Conversation:
+    """Check a row {messages, tools?} that is to be gone on with; what the assistant says at its end is taken off.
+
+    Raises:
+        RowError: as `parse_conversation`, but a reply may be missing.
+    """
+    turns = unpack_json(row.get("messages"))
+    if not _is_list(turns):
+        raise RowError("messages", f"is {preview(turns)}", "a list of {role, content} objects")
+    messages = parse_messages(turns)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] == "system":
+        raise RowError("messages", "there is nothing to reply to", "a user's turn", kind="empty")
+    _check_order(messages)
+    for message in messages:
+        if message["role"] == "assistant":
+            message["weight"] = 0.0
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return Conversation(tuple(messages), _parse_tools(row.get("tools")))
+
+
 def parse_messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
     """Check the turns of a conversation that is to be gone on with; it need not end with a reply.
 

@@ -9,34 +9,32 @@ from typing import Any
 import numpy as np
 
 from luthier.data.template import Renderer
-from luthier.tasks.chat.parse import parse_conversation
+from luthier.tasks.chat.parse import parse_conversation, parse_open_conversation
 from luthier.tasks.chat.schema import ChatConfig, Conversation
+from luthier.tasks.defaults import WithoutClasses, Writes
 from luthier.tasks.fit import fit
-from luthier.tasks.task import Task, Truncation
+from luthier.tasks.task import Truncation
 from luthier.types import Example, Objective, Prompt
 
 
 @dataclass(frozen=True)
-class ChatTask:
+class ChatTask(WithoutClasses, Writes):
     """`task: chat`. See `luthier.tasks.task.Task` for the verbs and `luthier.data.masks` for where loss lies."""
 
     config: ChatConfig = field(default_factory=ChatConfig)
     name: str = "chat"
     objective: Objective = "language_modelling"
     generates: bool = True
-    labels: tuple[str, ...] = ()
-
-    def with_labels(self, labels: Sequence[str]) -> Task:
-        return self
 
     def parse(self, row: Mapping[str, Any]) -> Conversation:
         return parse_conversation(row, self.config.system)
 
+    def parse_query(self, row: Mapping[str, Any]) -> Conversation:
+        """A conversation to go on with. Its last assistant turns are taken off: they are the answer."""
+        return parse_open_conversation(row, self.config.system)
+
     def from_json(self, value: Mapping[str, Any]) -> Conversation:
         return Conversation.from_json(value)
-
-    def label_of(self, record: Conversation) -> str | None:
-        return None
 
     def examples(
         self, record: Conversation, renderer: Renderer, max_length: int, truncation: Truncation = "end", row: int = 0
@@ -52,18 +50,25 @@ class ChatTask:
     def prompts(
         self, record: Conversation, renderer: Renderer, shots: Sequence[Conversation] = (), row: int = 0
     ) -> list[Prompt]:
-        """The conversation up to its last assistant turn with a weight; `shots` stand in front as earlier turns.
+        """The conversation up to its last assistant turn with a weight, or all of it where there is none; `shots` stand
+        in front as earlier turns.
 
         The shots' system turns and tools are left out: the record's own hold for all.
         """
         judged = [k for k, m in enumerate(record.messages) if m["role"] == "assistant" and m.get("weight", 1.0) > 0]
-        last = judged[-1]
+        last = judged[-1] if judged else len(record.messages)
         shown = [message for shot in shots for message in _solved(shot)]
         first = 1 if record.messages[0]["role"] == "system" else 0
         messages = [*record.messages[:first], *shown, *record.messages[first : last + 1]]
+        if not judged:
+            text = renderer.render_chat(messages, record.tools, add_generation_prompt=True)
+            return [Prompt(np.asarray(renderer.encode_rendered(text), dtype=np.int32), "", text, row)]
         turn = renderer.chat_turn(messages, len(messages) - 1, record.tools)
         tokens = np.asarray(turn.prompt_ids, dtype=np.int32)
         return [Prompt(tokens, renderer.decode(turn.reply_ids), turn.prompt, row)]
+
+    def present(self, record: Conversation, prediction: str) -> dict[str, Any]:
+        return {"reply": prediction}
 
 
 def _solved(shot: Conversation) -> list[Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luthier.data.rows import RowError, preview
 from luthier.data.template import Renderer
@@ -21,7 +22,7 @@ from luthier.errors import DataError, nearest
 from luthier.tasks.classification.schema import ClassificationConfig, LabelledText
 from luthier.tasks.fit import cut_to, too_long
 from luthier.tasks.shapes import require_text
-from luthier.tasks.task import Task, Truncation
+from luthier.tasks.task import Marks, Probabilities, Task, Truncation
 from luthier.types import Example, Objective, Prompt
 
 
@@ -34,6 +35,11 @@ class ClassificationTask:
     objective: Objective = "sequence_head"
     generates: bool = False
     labels: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.labels
 
     def with_labels(self, labels: Sequence[str]) -> Task:
         """The same task with its classes settled, in this order.
@@ -62,30 +68,72 @@ class ClassificationTask:
             )
         return LabelledText(text, label)
 
+    def parse_query(self, row: Mapping[str, Any]) -> LabelledText:
+        return LabelledText(require_text(row.get("text"), "text"), "")
+
     def from_json(self, value: Mapping[str, Any]) -> LabelledText:
         return LabelledText.from_json(value)
 
-    def label_of(self, record: LabelledText) -> str | None:
-        return record.label
+    def labels_of(self, record: LabelledText) -> tuple[str, ...]:
+        return (record.label,)
 
     def examples(
         self, record: LabelledText, renderer: Renderer, max_length: int, truncation: Truncation = "end", row: int = 0
     ) -> list[Example]:
         """One example with a class. `labels` must be settled before."""
+        tokens = self._tokens(record, renderer, max_length, truncation)
+        if tokens is None:
+            return []
+        return [Example(tokens, np.zeros(tokens.shape, dtype=np.float32), self._index(record.label), row)]
+
+    def queries(self, record: LabelledText, renderer: Renderer, max_length: int, row: int = 0) -> list[Example]:
+        """The text as it was trained on, cut at its end; its class is open, and any stands for it."""
+        tokens = self._tokens(record, renderer, max_length, "end")
+        assert tokens is not None  # nothing is left out at the end
+        return [Example(tokens, np.zeros(tokens.shape, dtype=np.float32), 0, row)]
+
+    def read(
+        self, record: LabelledText, renderer: Renderer, max_length: int, given: Sequence[Probabilities]
+    ) -> dict[str, float]:
+        """Label -> its probability, the likeliest first."""
+        (probabilities_1K,) = given
+        pairs = zip(self.labels, probabilities_1K[0].tolist(), strict=True)
+        return dict(sorted(pairs, key=lambda pair: -pair[1]))
+
+    def mark(self, record: LabelledText, prediction: Mapping[str, float], reference: str = "") -> Marks:
+        best = next(iter(prediction))
+        return Marks(
+            reply=best,
+            reference=record.label,
+            is_right=best == record.label,
+            class_index=self.labels.index(record.label),
+            predicted_class=self.labels.index(best),
+        )
+
+    def present(self, record: LabelledText, prediction: Mapping[str, float]) -> dict[str, Any]:
+        return {"label": next(iter(prediction)), "probabilities": {k: round(p, 6) for k, p in prediction.items()}}
+
+    def signatures(self, records: Sequence[LabelledText]) -> dict[str, str]:
+        return {}
+
+    def _tokens(
+        self, record: LabelledText, renderer: Renderer, max_length: int, truncation: Truncation
+    ) -> NDArray[np.int32] | None:
+        """The text's tokens, or None where it is left out for its length."""
         bos = [] if renderer.bos_id is None else [renderer.bos_id]
         ids = renderer.encode(record.text)
         ids = _strip_padding(ids if ids[:1] == bos and bos else bos + ids, renderer.pad_id)
         if len(ids) > max_length and truncation == "error":
             raise too_long(len(ids), max_length)
         if len(ids) > max_length and truncation == "drop":
-            return []
+            return None
         tokens = np.asarray(ids, dtype=np.int32)
         weights = np.zeros(tokens.shape, dtype=np.float32)
         tokens, _ = cut_to(tokens, weights, renderer.bos_id, max_length, truncation)
         tokens = np.asarray(_strip_padding(tokens.tolist(), renderer.pad_id), dtype=np.int32)
         if len(tokens) <= len(bos):
             raise RowError("text", f"{preview(record.text)} has no tokens of its own", "some text", kind="empty")
-        return [Example(tokens, np.zeros(tokens.shape, dtype=np.float32), self._index(record.label), row)]
+        return tokens
 
     def prompts(
         self, record: LabelledText, renderer: Renderer, shots: Sequence[LabelledText] = (), row: int = 0

@@ -17,24 +17,21 @@ import numpy as np
 
 from luthier.data.template import Renderer
 from luthier.tasks.completion.schema import Completion, CompletionConfig
+from luthier.tasks.defaults import WithoutClasses, Writes
 from luthier.tasks.fit import fit
 from luthier.tasks.shapes import require_text
-from luthier.tasks.task import Task, Truncation
+from luthier.tasks.task import Truncation
 from luthier.types import Example, Objective, Prompt
 
 
 @dataclass(frozen=True)
-class CompletionTask:
+class CompletionTask(WithoutClasses, Writes):
     """`task: completion`. See `luthier.tasks.task.Task` for the verbs."""
 
     config: CompletionConfig = field(default_factory=CompletionConfig)
     name: str = "completion"
     objective: Objective = "language_modelling"
     generates: bool = True
-    labels: tuple[str, ...] = ()
-
-    def with_labels(self, labels: Sequence[str]) -> Task:
-        return self
 
     def parse(self, row: Mapping[str, Any]) -> Completion:
         return Completion(
@@ -42,11 +39,11 @@ class CompletionTask:
             require_text(row.get("completion"), "completion"),
         )
 
+    def parse_query(self, row: Mapping[str, Any]) -> Completion:
+        return Completion(require_text(row.get("prompt"), "prompt"), "")
+
     def from_json(self, value: Mapping[str, Any]) -> Completion:
         return Completion.from_json(value)
-
-    def label_of(self, record: Completion) -> str | None:
-        return None
 
     def examples(
         self, record: Completion, renderer: Renderer, max_length: int, truncation: Truncation = "end", row: int = 0
@@ -75,3 +72,6 @@ class CompletionTask:
         if renderer.bos_id is not None and ids[:1] != [renderer.bos_id]:
             ids = [renderer.bos_id, *ids]
         return [Prompt(np.asarray(ids, dtype=np.int32), record.completion, text, row)]
+
+    def present(self, record: Completion, prediction: str) -> dict[str, Any]:
+        return {"completion": prediction}

@@ -15,34 +15,32 @@ from typing import Any
 import numpy as np
 
 from luthier.data.template import Renderer
+from luthier.tasks.defaults import WithoutClasses
 from luthier.tasks.fit import too_long
 from luthier.tasks.shapes import require_text
-from luthier.tasks.task import Task, Truncation
+from luthier.tasks.task import Marks, Probabilities, Truncation
 from luthier.tasks.text.schema import Document, TextConfig
 from luthier.types import Example, Objective, Prompt
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(WithoutClasses):
     """`task: text`. See `luthier.tasks.task.Task` for the verbs."""
 
     config: TextConfig = field(default_factory=TextConfig)
     name: str = "text"
     objective: Objective = "language_modelling"
     generates: bool = False
-    labels: tuple[str, ...] = ()
-
-    def with_labels(self, labels: Sequence[str]) -> Task:
-        return self
+    needs: tuple[str, ...] = ()
 
     def parse(self, row: Mapping[str, Any]) -> Document:
         return Document(require_text(row.get("text"), "text"))
 
+    def parse_query(self, row: Mapping[str, Any]) -> Document:
+        return self.parse(row)
+
     def from_json(self, value: Mapping[str, Any]) -> Document:
         return Document.from_json(value)
-
-    def label_of(self, record: Document) -> str | None:
-        return None
 
     def examples(
         self, record: Document, renderer: Renderer, max_length: int, truncation: Truncation = "end", row: int = 0
@@ -64,6 +62,23 @@ class TextTask:
         self, record: Document, renderer: Renderer, shots: Sequence[Document] = (), row: int = 0
     ) -> list[Prompt]:
         return []
+
+    def queries(self, record: Document, renderer: Renderer, max_length: int, row: int = 0) -> list[Example]:
+        """The document's windows: what is predicted of a document is its perplexity."""
+        return self.examples(record, renderer, max_length, "end", row)
+
+    def read(self, record: Document, renderer: Renderer, max_length: int, given: Sequence[Probabilities]) -> Any:
+        raise TypeError("a document has no head to read")
+
+    def mark(self, record: Document, prediction: Any, reference: str = "") -> Marks:
+        raise TypeError("a document is judged by its loss alone")
+
+    def present(self, record: Document, prediction: Mapping[str, float]) -> dict[str, Any]:
+        """`prediction` holds the document's loss, perplexity and number of tokens."""
+        return dict(prediction)
+
+    def signatures(self, records: Sequence[Document]) -> dict[str, str]:
+        return {}
 
 
 def split_windows(body: Sequence[int], bos: Sequence[int], max_length: int) -> list[list[int]]:

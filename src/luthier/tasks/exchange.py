@@ -1,0 +1,89 @@
+"""One question and one answer, as tasks that write have them: a user's and an assistant's turn where the base has a
+chat template, else a plain text and its continuation.
+
+    chat:        the template around [user: question] [assistant: answer]; the answer and its end of turn carry loss
+    completion:  question "\n\n" answer EOS; the answer and EOS carry loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.template import Renderer
+from luthier.types import Prompt
+
+Pair = tuple[str, str]
+"""(question, answer)."""
+
+SEPARATOR = "\n\n"
+"""Between question and answer where there is no chat template."""
+
+
+def sequence(
+    question: str, answer: str, renderer: Renderer, system: str | None = None
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """(tokens int32 [length], weights float32 [length]) of an exchange.
+
+    Raises:
+        RowError: where the chat template refuses it.
+    """
+    if renderer.can_chat:
+        (found,) = renderer.chat_examples(messages([(question, answer)], system))
+        return found
+    ids = _opening(question, renderer, system)
+    text = _as_text(question, system)
+    reply = [*renderer.continuation(text, renderer.encode(text), answer), renderer.require_eos_id()]
+    tokens = np.asarray([*ids, *reply], dtype=np.int32)
+    weights = np.zeros(tokens.shape, dtype=np.float32)
+    weights[len(ids) :] = 1.0
+    return tokens, weights
+
+
+def prompt(
+    question: str,
+    reference: str,
+    renderer: Renderer,
+    *,
+    system: str | None = None,
+    shots: Sequence[Pair] = (),
+    choices: Sequence[str] = (),
+    row: int = 0,
+) -> Prompt:
+    """The question as it is asked; `shots` stand in front, answered.
+
+    Args:
+        reference: The answer that counts as right, as the model would write it.
+        choices: The only answers there are.
+    """
+    if renderer.can_chat:
+        turns = messages([*shots, (question, "")], system)[:-1]
+        text = renderer.render_chat(turns, add_generation_prompt=True)
+        ids = renderer.encode_rendered(text)
+    else:
+        text = _as_text("".join(f"{q}{SEPARATOR}{a}{SEPARATOR}" for q, a in shots) + question, system)
+        ids = _with_bos(renderer.encode(text), renderer)
+    return Prompt(np.asarray(ids, dtype=np.int32), reference, text, row, tuple(choices))
+
+
+def messages(pairs: Sequence[Pair], system: str | None) -> list[dict[str, Any]]:
+    """The turns of a conversation of these exchanges."""
+    turns: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in pairs:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return turns
+
+
+def _opening(question: str, renderer: Renderer, system: str | None) -> list[int]:
+    return _with_bos(renderer.encode(_as_text(question, system)), renderer)
+
+
+def _as_text(question: str, system: str | None) -> str:
+    return (f"{system}{SEPARATOR}" if system else "") + question + SEPARATOR
+
+
+def _with_bos(ids: list[int], renderer: Renderer) -> list[int]:
+    return ids if renderer.bos_id is None or ids[:1] == [renderer.bos_id] else [renderer.bos_id, *ids]
