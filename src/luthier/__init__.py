@@ -20,18 +20,21 @@ if TYPE_CHECKING:
     from luthier.errors import LuthierError
     from luthier.recipe import Recipe, load_recipe
     from luthier.worker.chat import open_chat
+    from luthier.worker.compare import Comparison, compare
     from luthier.worker.export import export_run
     from luthier.worker.judge import evaluate_run
     from luthier.worker.progress import Progress
-    from luthier.worker.train import RunResult
+    from luthier.worker.result import RunResult
 
     RecipeSource = str | Path | dict[str, Any] | Recipe
 
 _LAZY = {
+    "Comparison": "luthier.worker.compare",
     "LuthierError": "luthier.errors",
     "Progress": "luthier.worker.progress",
     "Recipe": "luthier.recipe",
-    "RunResult": "luthier.worker.train",
+    "RunResult": "luthier.worker.result",
+    "compare": "luthier.worker.compare",
     "evaluate_run": "luthier.worker.judge",
     "export_run": "luthier.worker.export",
     "load_recipe": "luthier.recipe",
@@ -39,11 +42,13 @@ _LAZY = {
 }
 
 __all__ = [
+    "Comparison",
     "LuthierError",
     "Progress",
     "Recipe",
     "RunResult",
     "__version__",
+    "compare",
     "evaluate_run",
     "export_run",
     "load_recipe",

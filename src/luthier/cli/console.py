@@ -19,7 +19,7 @@ from rich.text import Text
 
 from luthier.errors import LuthierError
 
-_VERDICT_STYLES = {"better": "green", "worse": "red"}
+_VERDICT_STYLES = {"better": "green", "worse": "red", "failed": "red"}
 
 
 WIDTH_OF_FILES = 160
@@ -83,15 +83,22 @@ def print_scores(evaluation: Mapping[str, Any], console: Console) -> None:
     cells = summary_table(evaluation)
     if len(cells) == 1:
         return
-    table = _scores_table(cells)
-    if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
-        # Intervals get a line of their own; the change, which two columns say already, gives way.
-        change = cells[0].index("change") if "change" in cells[0] else None
-        narrow = [[cell.replace(" (", "\n(") for place, cell in enumerate(row) if place != change] for row in cells]
-        table = _scores_table(narrow)
-    console.print(table)
+    print_columns(cells, console, may_drop="change")  # two columns say the change already
     if sentence := headline(evaluation):
         console.print(Text(sentence, style="bold"), soft_wrap=True)
+
+
+def print_columns(cells: list[list[str]], console: Console, may_drop: str | None = None) -> None:
+    """Rows of text as a table, the header first.
+
+    Where it is too wide, intervals in parentheses get a line of their own, and the column `may_drop` gives way.
+    """
+    table = _scores_table(cells)
+    if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
+        dropped = cells[0].index(may_drop) if may_drop in cells[0] else None
+        narrow = [[cell.replace(" (", "\n(") for place, cell in enumerate(row) if place != dropped] for row in cells]
+        table = _scores_table(narrow)
+    console.print(table)
 
 
 def _scores_table(cells: list[list[str]]) -> Table:

@@ -9,6 +9,7 @@ import typer
 from luthier import __version__
 from luthier.cli.chat import chat_command
 from luthier.cli.check import check_command
+from luthier.cli.compare import compare_command
 from luthier.cli.console import print_error
 from luthier.cli.doctor import doctor_command
 from luthier.cli.eval import eval_command
@@ -58,6 +59,7 @@ def root(
 app.command("init")(init_command)
 app.command("check")(check_command)
 app.command("train")(train_command)
+app.command("compare")(compare_command)
 app.command("eval")(eval_command)
 app.command("chat")(chat_command)
 app.command("export")(export_command)

@@ -13,7 +13,7 @@ from luthier.cli.progress import choose_progress
 from luthier.errors import StorageError
 
 if TYPE_CHECKING:
-    from luthier.worker.train import RunResult
+    from luthier.worker.result import RunResult
 
 
 def train_command(

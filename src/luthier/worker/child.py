@@ -1,4 +1,4 @@
-"""The process of one exclusive job: `python -m luthier.worker.child`, started by `worker/children.py`.
+"""The process of one job that runs apart: `python -m luthier.worker.child`, started by `worker/children.py`.
 
 The recipe comes as one JSON line on standard input, messages go to standard output (`worker/messages.py`). SIGTERM, or
 the end of standard input (the parent is gone), saves and stops.
@@ -27,9 +27,9 @@ def main() -> int:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         from luthier.recipe import load_recipe
-        from luthier.worker.train import train_exclusive
+        from luthier.worker.train import train_here
 
-        result = train_exclusive(load_recipe(order["recipe"]), resume=order["resume"], progress=progress)
+        result = train_here(load_recipe(order["recipe"]), resume=order["resume"], progress=progress)
     except LuthierError as error:
         progress.send(**error_message(error))
         return 0

@@ -1,4 +1,4 @@
-"""Exclusive jobs in processes of their own, beside what this process trains: admitted by memory, watched, stopped."""
+"""Jobs in processes of their own, beside what this process trains: admitted by memory, watched, stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from luthier.errors import LuthierError
 from luthier.recipe import Recipe
 from luthier.worker.messages import PROGRESS_VERBS, error_of, relay
 from luthier.worker.progress import Progress
-from luthier.worker.run import RunResult
+from luthier.worker.result import RunResult
 from luthier.worker.run_folder import RunFolder
 
 STOP_SECONDS = 120.0
@@ -34,7 +34,7 @@ NO_SCORES: dict[str, Any] = {"num_rows": 0, "base": {}, "tuned": {}}
 
 @dataclass
 class Child:
-    """One exclusive job's process.
+    """One job's process.
 
     Attributes:
         need_bytes: Predicted memory.
@@ -139,18 +139,27 @@ class Child:
 
 
 class Children:
-    """All exclusive jobs of one `luthier train`.
+    """Jobs that run apart: the exclusive ones of a `luthier train`, or a method of a comparison.
 
     Args:
         waiting: Recipes with the memory that each is predicted to take, in the order in which they are admitted.
         resume: As `train` takes it.
         progress: Hears of them all.
+        way_on: What goes on with one whose process died, as a sentence's subject.
     """
 
-    def __init__(self, waiting: list[tuple[Recipe, int]], *, resume: bool, progress: Progress) -> None:
+    def __init__(
+        self,
+        waiting: list[tuple[Recipe, int]],
+        *,
+        resume: bool,
+        progress: Progress,
+        way_on: str = "`luthier train ... --resume`",
+    ) -> None:
         self.waiting = deque(waiting)
         self.resume = resume
         self.progress = progress
+        self.way_on = way_on
         self.running: list[Child] = []
         self.results: dict[str, RunResult] = {}
         self.errors: list[LuthierError] = []
@@ -217,12 +226,12 @@ class Children:
         if ending.get("verb") == "error":
             error = error_of(ending)
             self.errors.append(error)
-            problem = error.message
+            said = problem = error.message
         else:
             problem = child.problem()
             self._mark_failed(path, problem)
-            problem += "; `luthier train ... --resume` goes on from its last checkpoint"
-        self.progress.note(f"{child.name} failed: {problem}", "warning")
+            said = f"{problem}; {self.way_on} goes on from its last checkpoint"
+        self.progress.note(f"{child.name} failed: {said}", "warning")
         self.results[child.recipe.output] = RunResult(path, "failed", NO_SCORES, {"stopped_because": problem})
 
     @staticmethod

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.base.folder import RESULT_MODEL
 from luthier.base.identity import weights_identity
 from luthier.base.load import Base
 from luthier.base.own import OwnBase
@@ -38,44 +37,9 @@ from luthier.worker.judge import SCORE_TOKENS
 from luthier.worker.judging import Best, Judging, counted
 from luthier.worker.loading import adapter_spec, prepare_data, public_name
 from luthier.worker.progress import Progress
+from luthier.worker.result import RunResult, kept_result
 from luthier.worker.run_folder import RunFolder
 from luthier.worker.start import started_own_slot, started_slot
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What came of a run.
-
-    Attributes:
-        folder: The run folder.
-        status: "done" or "failed".
-        evaluation: What eval.json holds.
-        result: What result.json holds: steps, tokens, seconds, memory, and why training stopped.
-    """
-
-    folder: Path
-    status: str
-    evaluation: dict[str, Any]
-    result: dict[str, Any]
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether the run made an adapter rather than a whole model."""
-        return not (self.folder / RESULT_MODEL).exists()
-
-    @property
-    def tuned(self) -> Path:
-        """Where the result stands."""
-        return self.folder / ("adapter" if self.has_adapter else RESULT_MODEL)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "folder": str(self.folder),
-            "status": self.status,
-            "adapter" if self.has_adapter else "model": str(self.tuned),
-            "evaluation": self.evaluation,
-            "result": self.result,
-        }
 
 
 @dataclass
@@ -128,13 +92,7 @@ class Run:
 
     def kept_result(self) -> RunResult | None:
         """The result of a run that was done before, or None where something is left to do."""
-        values, result = self.folder.read_json("eval.json"), self.folder.read_json("result.json")
-        has_weights = self.folder.adapter.exists() or self.folder.model.exists()
-        is_done = self.resumed and self.folder.state()["status"] == "done" and has_weights
-        # The card is written last.
-        if not is_done or values is None or result is None or not (self.folder.path / "README.md").exists():
-            return None
-        return RunResult(self.folder.path, "done", values, result)
+        return kept_result(self.folder) if self.resumed else None
 
     # -- before training
 

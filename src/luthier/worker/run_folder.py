@@ -49,9 +49,7 @@ class RunFolder:
             RunError: when a run, or anything else, is there already.
         """
         run = cls(Path(recipe.output))
-        # Its data did not hold, or it was stopped before the base was loaded: nothing of it is worth keeping, and the
-        # mended recipe need not be the same.
-        is_unused = run.has_state and run.state()["status"] == "preparing" and not run.checkpoints.exists()
+        is_unused = run.is_unused
         if run.has_state and not is_unused:
             raise RunError(
                 f"{run.path} holds a run already ({run.state()['status']})",
@@ -91,6 +89,15 @@ class RunFolder:
     @property
     def has_state(self) -> bool:
         return (self.path / "state.json").exists()
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether a run was begun here that never came to its training.
+
+        Its data did not hold, or it was stopped before the base was loaded: nothing of it is worth keeping, and the
+        mended recipe need not be the same.
+        """
+        return self.has_state and self.state()["status"] == "preparing" and not self.checkpoints.exists()
 
     def tuned(self, recipe: Recipe) -> Path:
         """Where the run's result stands, by its method: `model` or `adapter`."""

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from types import FrameType
 
 import torch
 
@@ -28,11 +25,13 @@ from luthier.methods.exclusive.layer import check
 from luthier.methods.peft.fields import check_fields
 from luthier.recipe import Recipe
 from luthier.worker.children import Children
+from luthier.worker.interrupts import interrupts
 from luthier.worker.loading import Placement, check_optimizer, load_own_placed, load_placed, placement_of
 from luthier.worker.need import predicted_need
 from luthier.worker.peft_values import check_values
 from luthier.worker.progress import Progress, SilentProgress
-from luthier.worker.run import Run, RunResult
+from luthier.worker.result import RunResult
+from luthier.worker.run import Run
 
 __all__ = ["RunResult", "train"]
 
@@ -93,6 +92,14 @@ def train_together(
     progress.stage("Loading the base")
     base = load_placed(placement, max((r.compute.threads or 0 for r in recipes), default=0) or None)
     return _train_on(base, runs, progress, children)
+
+
+def train_here(recipe: Recipe, *, resume: bool, progress: Progress) -> RunResult:
+    """Train one recipe of any method in this process, once it has been checked; errors as `train`."""
+    if recipe.method.runs == "bank":
+        return train_together([recipe], resume=resume, progress=progress)[0]
+    _need(recipe, progress)
+    return train_exclusive(recipe, resume=resume, progress=progress)
 
 
 def train_exclusive(recipe: Recipe, *, resume: bool, progress: Progress) -> RunResult:
@@ -184,28 +191,6 @@ def _check_outputs(recipes: Sequence[Recipe]) -> None:
     outputs = [os.path.realpath(recipe.output) for recipe in recipes]
     if len(set(outputs)) < len(outputs):
         raise RecipeError(f"two recipes write to {max(outputs, key=outputs.count)}", "an `output` of its own for each")
-
-
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Gather Ctrl-C and SIGTERM instead of dying within a step; a second Ctrl-C dies at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _common_placement(recipes: Sequence[Recipe], progress: Progress) -> Placement:

@@ -14,6 +14,7 @@ class DoraConfig(Strict):
     """Weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353): LoRA with each row's length apart."""
 
     runs: ClassVar[Literal["bank", "exclusive"]] = "bank"
+    usual_learning_rate: ClassVar[float] = 5e-4
 
     type: Literal["dora"] = "dora"
     rank: int = Field(default=16, ge=1)

@@ -12,6 +12,8 @@ class ExclusiveConfig(Strict):
     """A method that must own its base: it runs in a process of its own, on a copy of the base of its own."""
 
     runs: ClassVar[Literal["bank", "exclusive"]] = "exclusive"
+    usual_learning_rate: ClassVar[float]
+    """AdamW's peak rate that a comparison takes where the recipe's own is for methods of another magnitude."""
 
     @property
     def quantization(self) -> Literal["nf4"] | None:

@@ -14,6 +14,7 @@ class Ia3Config(Strict):
     """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): learned factors of keys, values and feed-forward activations."""
 
     runs: ClassVar[Literal["bank", "exclusive"]] = "bank"
+    usual_learning_rate: ClassVar[float] = 5e-3
 
     type: Literal["ia3"] = "ia3"
     quantization: Literal["nf4"] | None = None

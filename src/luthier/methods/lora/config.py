@@ -14,6 +14,7 @@ class LoraConfig(Strict):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): y = W x + (alpha / r) B A x."""
 
     runs: ClassVar[Literal["bank", "exclusive"]] = "bank"
+    usual_learning_rate: ClassVar[float] = 5e-4
 
     type: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)

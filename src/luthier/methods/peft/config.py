@@ -20,6 +20,7 @@ class PeftConfig(ExclusiveConfig):
     """Any method of the installed `peft`, by peft's own name, with peft's own fields."""
 
     type: Literal["peft"] = "peft"
+    usual_learning_rate: ClassVar[float] = 1e-3
     name: str = Field(min_length=1)
     """The method as peft calls it, in any case, as in boft, hra or fourierft."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -55,6 +56,7 @@ class PromptConfig(_Named):
     """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): embeddings of virtual tokens before every sequence."""
 
     type: Literal["prompt"] = "prompt"
+    usual_learning_rate: ClassVar[float] = 3e-2
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     peft_names: ClassVar[dict[str, str]] = {
         "virtual_tokens": "num_virtual_tokens",
@@ -77,6 +79,7 @@ class PrefixConfig(_Named):
     """Prefix tuning (Li and Liang 2021, arXiv:2101.00190): keys and values of virtual tokens in every layer."""
 
     type: Literal["prefix"] = "prefix"
+    usual_learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     peft_names: ClassVar[dict[str, str]] = {
         "virtual_tokens": "num_virtual_tokens",
@@ -96,6 +99,7 @@ class PTuningConfig(_Named):
     """P-tuning (Liu et al. 2021, arXiv:2103.10385): virtual tokens whose embeddings a small network makes."""
 
     type: Literal["p_tuning"] = "p_tuning"
+    usual_learning_rate: ClassVar[float] = 3e-3
     peft_type: ClassVar[str] = "P_TUNING"
     peft_names: ClassVar[dict[str, str]] = {
         "virtual_tokens": "num_virtual_tokens",
@@ -115,6 +119,7 @@ class VeraConfig(_Named):
     """VeRA (Kopiczko et al. 2023, arXiv:2310.11454): random factors that all layers share, scaled by vectors."""
 
     type: Literal["vera"] = "vera"
+    usual_learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "VERA"
     peft_names: ClassVar[dict[str, str]] = {
         "rank": "r",
@@ -142,6 +147,7 @@ class LohaConfig(_Layers):
     """LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098): the update is a product, entry by entry, of two low-rank ones."""
 
     type: Literal["loha"] = "loha"
+    usual_learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "LOHA"
     peft_names: ClassVar[dict[str, str]] = {"rank": "r", "alpha": "alpha", "targets": "target_modules"}
 
@@ -155,6 +161,7 @@ class LokrConfig(_Layers):
     """LoKr (Yeh et al. 2023, arXiv:2309.14859): the update is a Kronecker product of a small and a low-rank matrix."""
 
     type: Literal["lokr"] = "lokr"
+    usual_learning_rate: ClassVar[float] = 3e-3
     peft_type: ClassVar[str] = "LOKR"
     peft_names: ClassVar[dict[str, str]] = {
         "rank": "r",
@@ -175,6 +182,7 @@ class OftConfig(_Layers):
     """OFT (Qiu et al. 2023, arXiv:2306.07280): every layer's input is turned by a block-diagonal rotation."""
 
     type: Literal["oft"] = "oft"
+    usual_learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "OFT"
     peft_names: ClassVar[dict[str, str]] = {"block_size": "oft_block_size", "targets": "target_modules"}
 
@@ -186,6 +194,7 @@ class BoftConfig(_Layers):
     """BOFT (Liu et al. 2023, arXiv:2311.06243) with one factor: weights turned by blocks, and scaled by output."""
 
     type: Literal["boft"] = "boft"
+    usual_learning_rate: ClassVar[float] = 3e-3
     peft_type: ClassVar[str] = "BOFT"
     peft_names: ClassVar[dict[str, str]] = {
         "block_size": "boft_block_size",
@@ -203,6 +212,7 @@ class AdaloraConfig(_Layers):
     """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): W + P diag(l) Q, whose ranks are cut where they matter least."""
 
     type: Literal["adalora"] = "adalora"
+    usual_learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "ADALORA"
     peft_names: ClassVar[dict[str, str]] = {
         "initial_rank": "init_r",
@@ -244,6 +254,7 @@ class LnTuningConfig(_Named):
     """Layer-norm tuning (Zhao et al. 2023, arXiv:2312.11420): the norms' weights alone are trained."""
 
     type: Literal["ln_tuning"] = "ln_tuning"
+    usual_learning_rate: ClassVar[float] = 5e-3
     peft_type: ClassVar[str] = "LN_TUNING"
     peft_names: ClassVar[dict[str, str]] = {"targets": "target_modules"}
 
