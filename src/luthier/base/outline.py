@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,8 +25,8 @@ class Outline:
     output_name: str | None
 
 
-def outline(folder: Path) -> Outline:
-    """Build the architecture that the folder's config.json describes on the meta device, which holds no values.
+def without_weights(folder: Path) -> Any:
+    """The architecture that the folder's config.json describes, on the meta device, which holds no values; tied.
 
     Raises:
         ModelError: when transformers makes no causal language model of it.
@@ -41,6 +42,13 @@ def outline(folder: Path) -> Outline:
             f"{folder} does not describe a causal language model: {error}",
             "a folder with the config.json of an architecture that transformers knows",
         ) from error
+    model.tie_weights()
+    return model
+
+
+def outline(folder: Path) -> Outline:
+    """Names and shapes of the base's linear layers; errors as `without_weights`."""
+    model = without_weights(folder)
     output = model.get_output_embeddings()
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     return Outline(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from luthier.cli.console import err, facts_table, out, print_json
+from luthier.cli.console import err, facts_table, out, print_json, quiet_libraries
 from luthier.data.check import CheckedRow, check_data, train_files
 from luthier.data.files import open_rows
 from luthier.data.lines import LineProblem, Row
@@ -38,12 +38,22 @@ def check_command(
     task: Annotated[
         str | None, typer.Option("--task", help="Read the rows as this task; else the columns say.")
     ] = None,
-    no_base: Annotated[bool, typer.Option("--no-base", help="Leave tokens out; needs no tokenizer.")] = False,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="Leave tokens and the method out; needs no tokenizer.")
+    ] = False,
 ) -> None:
-    """Check data: counts, lengths, duplicates, and every problem by line. The exit code is 2 if there is one."""
+    """Check data: counts, lengths, duplicates, and every problem by line; and whether a recipe's base takes its method.
+
+    The exit code is 2 if there is a problem.
+    """
     recipe, is_guessed = _recipe_for(target, base, task, overrides or [])
     _require_files(recipe)
-    renderer = None if no_base else _load_renderer(recipe)
+    renderer = None
+    if not no_base:
+        folder = _tokenizer_folder(recipe)
+        renderer = Renderer.load(folder, recipe.method.new_tokens)
+        if target.suffix.lower() in RECIPE_ENDINGS:
+            _check_method(recipe, folder)
     samples = _Samples(show)
     report = _check_with_progress(recipe, renderer, samples)
     if json_output:
@@ -120,11 +130,19 @@ def _require_files(recipe: Recipe) -> None:
         open_rows(file)
 
 
-def _load_renderer(recipe: Recipe) -> Renderer:
+def _tokenizer_folder(recipe: Recipe) -> Path:
     from luthier.base.fetch import tokenizer_folder
 
-    folder = tokenizer_folder(recipe.base, lambda sentence: err().print(Text(f"{sentence} ...", style="dim")))
-    return Renderer.load(folder, getattr(recipe.method, "new_tokens", ()))
+    return tokenizer_folder(recipe.base, lambda sentence: err().print(Text(f"{sentence} ...", style="dim")))
+
+
+def _check_method(recipe: Recipe, folder: Path) -> None:
+    """Hold the method against the base's layers, as a training does; the one part of a check that needs torch."""
+    with err().status("holding the method against the base"):
+        quiet_libraries()
+        from luthier.worker.method_fit import check_method
+
+        check_method(recipe, folder)
 
 
 def _check_with_progress(recipe: Recipe, renderer: Renderer | None, samples: _Samples) -> DataReport:

@@ -10,25 +10,19 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from luthier.base.load import Base
-from luthier.base.outline import outline
 from luthier.engine.engine import DEFAULT_BUDGET_TOKENS, Engine
 from luthier.engine.memory import MemoryPlan, available_bytes, fit_micro_batches, plan_memory, recompute_few
-from luthier.engine.targets import check_layers
 from luthier.errors import MemoryShortError, RecipeError
-from luthier.methods.config import bank_spec, exclusive_spec
-from luthier.methods.exclusive.layer import check
-from luthier.methods.peft.fields import check_fields
 from luthier.recipe import Recipe
 from luthier.worker.children import Children
 from luthier.worker.interrupts import interrupts
 from luthier.worker.loading import Placement, check_optimizer, load_own_placed, load_placed, placement_of
+from luthier.worker.method_fit import check_bank_method, check_exclusive_method
 from luthier.worker.need import predicted_need
-from luthier.worker.peft_values import check_values
 from luthier.worker.progress import Progress, SilentProgress
 from luthier.worker.result import RunResult
 from luthier.worker.run import Run
@@ -82,7 +76,8 @@ def train_together(
 ) -> list[RunResult]:
     """Train recipes of the bank on one resident base, while children train beside it; errors as `train`."""
     placement = _common_placement(recipes, progress)
-    _check_methods(recipes, placement)
+    for recipe in recipes:
+        check_bank_method(recipe, placement.folder)
     runs = [Run.begin(recipe, placement.folder, progress, resume=resume) for recipe in recipes]
     kept = [result for run in runs if (result := run.kept_result()) is not None]
     if len(kept) == len(runs):
@@ -170,19 +165,7 @@ def _attend(children: Children | None) -> None:
 def _need(recipe: Recipe, progress: Progress) -> int:
     """Refuse what cannot work, before anything is loaded, and predict the memory of what can."""
     placement = placement_of(recipe, progress.note)
-    spec = exclusive_spec(recipe.method)
-    if not spec.owns_weights:
-        check_fields(spec)
-        check_values(spec)
-    elif recipe.start_from is not None:
-        raise RecipeError(
-            f"start_from: {recipe.method.type} trains the base's own weights",
-            "the model to go on from as the base",
-            f"name it under `base`, as in base: {recipe.start_from}",
-        )
-    if recipe.task.type == "classification":
-        spec = replace(spec, num_classes=2)  # how many there are shows with the data; that there are any, now
-    return predicted_need(recipe, placement, check(placement.folder, spec))
+    return predicted_need(recipe, placement, check_exclusive_method(recipe, placement.folder))
 
 
 def _check_outputs(recipes: Sequence[Recipe]) -> None:
@@ -204,18 +187,6 @@ def _common_placement(recipes: Sequence[Recipe], progress: Progress) -> Placemen
                 "train it by itself, in a `luthier train` of its own",
             )
     return placements[0]
-
-
-def _check_methods(recipes: Sequence[Recipe], placement: Placement) -> None:
-    """Hold each method against the base's layers before its weights are loaded and its data read.
-
-    Raises:
-        RecipeError: for a target that the base has not, or a rank above a layer's.
-    """
-    shape = outline(placement.folder)
-    for recipe in recipes:
-        if recipe.start_from is None:  # an existing adapter brings its own layers
-            check_layers(bank_spec(recipe.method), shape.layers, shape.output_name)
 
 
 def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> MemoryPlan:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.base.folder import weight_files
 from luthier.base.load import load_model
+from luthier.base.outline import without_weights
 from luthier.base.own import OwnBase
 from luthier.engine.own import OwnSlot
 from luthier.errors import RecipeError
@@ -70,12 +70,13 @@ def load_own(
 
 
 def check(folder: Path, spec: ExclusiveSpec) -> Outline:
-    """Refuse a job that cannot work, from the base's config and the headers of its files alone.
+    """Refuse a job that cannot work, from the base's config alone.
 
     The model is built without weights, and the method put into it. What only shows with weights is left to `load_own`.
 
     Raises:
         RecipeError: with the reason.
+        ModelError: when the folder describes no causal language model.
     """
     if not spec.owns_weights:
         check_fields(spec)
@@ -85,7 +86,7 @@ def check(folder: Path, spec: ExclusiveSpec) -> Outline:
                 "a method that changes layers",
                 "use `task: completion` with the label as completion, or a method such as lokr or boft",
             )
-    model = _without_weights(folder)
+    model = without_weights(folder)
     num_layers = model.config.get_text_config().num_hidden_layers
     if spec.method == "last_layers" and spec.num_layers > num_layers:
         raise RecipeError(
@@ -93,7 +94,7 @@ def check(folder: Path, spec: ExclusiveSpec) -> Outline:
             f"1 to {num_layers}",
             "lower it, or use `method: full`",
         )
-    if spec.method == "bias" and not _has_biases(folder):
+    if spec.method == "bias" and not any(name.endswith(".bias") for name, _ in model.named_parameters()):
         raise bias.no_biases(str(model.config.model_type))
     num_parameters = _count(model)
     num_trained = _num_trained(model, folder, spec)
@@ -119,26 +120,6 @@ def _num_trained(model: Any, folder: Path, spec: ExclusiveSpec) -> int | None:
 def _is_for_want_of_weights(error: RecipeError) -> bool:
     """Some methods compute from the weights as they are put in; torch says then that there are none."""
     return isinstance(error.__cause__, NotImplementedError | RuntimeError) or "meta" in str(error.__cause__)
-
-
-def _without_weights(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    model.tie_weights()
-    return model
-
-
-def _has_biases(folder: Path) -> bool:
-    from safetensors import safe_open
-
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            if any(name.endswith(".bias") for name in file.keys()):  # noqa: SIM118 (it is no mapping)
-                return True
-    return False
 
 
 def _count(model: nn.Module) -> int:
