@@ -2,10 +2,12 @@
 
 A row says how the method is asked for, how many parameters it trains on a base of given layers, and by how much the
 loss on a small real set (`capitals.jsonl`) falls. All else is the same for every method: it is trained from a recipe,
-as a user trains it, on a tiny Llama and a tiny Phi-3 whose projections are fused; what the run left is loaded by peft
-alone; it resumes to the same bytes; it merges; and it refuses another method's fields.
+as a user trains it, on a tiny Llama and, in the bank, a tiny Phi-3 whose projections are fused; what the run left is
+loaded by peft or transformers alone; it resumes to the same bytes; it merges; and it refuses another method's fields.
 
-A method that peft does not load, or that lives outside the bank, names its own `load` and `own_logits`.
+Exclusive methods train here in this process, through what their own process calls; the process itself is tested in
+`tests/worker/test_exclusive_runs.py`. A method that does not run in the bank names its own `own_logits` and
+`load_logits`.
 """
 
 from __future__ import annotations
@@ -22,14 +24,20 @@ import pytest
 import torch
 from nf4_models import peft_over_nf4
 from slots import Tokens, distance, model_logits, peft_logits, random_sequences, slot_logits
+from tiny_models import write_tiny_llama
 from torch import Tensor
 
 import luthier
-from luthier.base.load import load_base
+from luthier.base.load import load_base, load_model
 from luthier.base.outline import outline
 from luthier.checkpoints.peft_format import slot_from_adapter
 from luthier.errors import RecipeError
-from luthier.worker.progress import SilentProgress
+from luthier.export.compare import slot_logits as whole_logits
+from luthier.methods.peft.layer import read_peft
+from luthier.types import AdapterSpec
+from luthier.worker.progress import Progress, SilentProgress
+from luthier.worker.result import RunResult
+from luthier.worker.train import train_here
 
 DATA = Path(__file__).with_name("capitals.jsonl")
 NUM_STEPS = 12
@@ -57,6 +65,32 @@ def peft_logits_over_nf4(base: Path, adapter: Path, sequences: list[Tokens]) -> 
     return [logits.double() for logits in model_logits(model, sequences, classifies=False)]
 
 
+def own_weights_logits(base: Path, model: Path, sequences: list[Tokens]) -> list[Tensor]:
+    """What the engine computes of a run's model, as a base."""
+    loaded = load_base(model, dtype="float64")
+    return slot_logits(loaded, loaded.bank.add(AdapterSpec(rank=1), 0), sequences)  # a fresh adapter changes nothing
+
+
+def transformers_logits(base: Path, model: Path, sequences: list[Tokens]) -> list[Tensor]:
+    """What transformers computes of it."""
+    return base_logits(model, sequences)
+
+
+def injected_logits(base: Path, adapter: Path, sequences: list[Tokens]) -> list[Tensor]:
+    """What the engine computes of an adapter of peft."""
+    read = read_peft(load_model(base, dtype="float64"), base, adapter)
+    return [logits[:-1] for logits in whole_logits(read, read.slot, sequences)]
+
+
+def peft_logits_behind(num_virtual: int) -> Callable[[Path, Path, list[Tokens]], list[Tensor]]:
+    """What peft computes, without the logits of the virtual tokens that stand before a sequence."""
+
+    def load(base: Path, adapter: Path, sequences: list[Tokens]) -> list[Tensor]:
+        return [logits[num_virtual:] for logits in peft_logits(base, adapter, sequences)]
+
+    return load
+
+
 @dataclass(frozen=True)
 class Row:
     """A method, and what it promises.
@@ -67,6 +101,8 @@ class Row:
         loss_falls_by: Nats, over `NUM_STEPS` steps at `learning_rate` on all rows.
         foreign: A field of another method, which is refused.
         goes_on_as: The method that goes on from its result with `start_from`; None for the same.
+        goes_on: Whether `start_from` takes its result; a model of own weights is the base of what goes on.
+        bases: Those that it is held against.
         can_merge: Whether `export --merged` takes it.
         own_logits: What Luthier computes of the run's result.
         load_logits: What peft or transformers alone compute of its files.
@@ -79,6 +115,8 @@ class Row:
     foreign: str
     learning_rate: float = 1e-2
     goes_on_as: dict[str, Any] | None = None
+    goes_on: bool = True
+    bases: tuple[str, ...] = BASES
     can_merge: bool = True
     own_logits: Callable[[Path, Path, list[Tokens]], list[Tensor]] = field(default=bank_logits)
     load_logits: Callable[[Path, Path, list[Tokens]], list[Tensor]] = field(default=peft_logits)
@@ -109,9 +147,47 @@ def two_layers(layers: Layers) -> int:
     return factors({name: shape for name, shape in layers.items() if name.endswith(("o_proj", "down_proj"))}, 3)
 
 
+def every(value: Callable[[int, int], int], *ends: str) -> Callable[[Layers], int]:
+    """The sum of a formula of inputs and outputs over the layers that end so, or over all."""
+    return lambda layers: sum(value(*shape) for name, shape in layers.items() if not ends or name.endswith(ends))
+
+
+def lokr_factors(layers: Layers) -> int:
+    """W is cut into near squares: a factor of m_o x m_i, and the rest of rank 4 or, where that is no less, in full."""
+
+    def count(inputs: int, outputs: int) -> int:
+        (m_i, n_i), (m_o, n_o) = (nearest_square(size) for size in (inputs, outputs))
+        return m_o * m_i + (4 * (n_o + n_i) if max(n_o, n_i) > 2 * 4 else n_o * n_i)
+
+    return every(count)(layers)
+
+
+def nearest_square(size: int) -> tuple[int, int]:
+    """Two factors of `size`, the smaller first, as near to each other as there are."""
+    small = max(factor for factor in range(1, size + 1) if size % factor == 0 and factor * factor <= size)
+    return small, size // small
+
+
 LORA = {"type": "lora", "rank": 4, "alpha": 8}
 TWICE = {"type": "lora", "rank": 8, "alpha": 16}
 DORA = {"type": "dora", "rank": 4, "alpha": 8}
+
+HIDDEN, VOCABULARY, HEADS_KV, BLOCKS = 64, 320, 32, 2
+"""Of the tiny Llama, the one base of the exclusive rows."""
+NORMS = (2 * BLOCKS + 1) * HIDDEN
+VIRTUAL = 5
+
+
+def all_weights(layers: Layers) -> int:
+    """Every linear layer, embedding and output layer, and the norms."""
+    return every(lambda i, o: i * o)(layers) + 2 * VOCABULARY * HIDDEN + NORMS
+
+
+def last_block(layers: Layers) -> int:
+    """The last block's layers and norms, the final norm, and the output layer."""
+    block = {name: shape for name, shape in layers.items() if f"layers.{BLOCKS - 1}." in name}
+    return every(lambda i, o: i * o)(block) + 3 * HIDDEN + VOCABULARY * HIDDEN
+
 
 OVER_NF4: dict[str, Any] = {"own_logits": nf4_logits, "load_logits": peft_logits_over_nf4, "tolerance": 1e-4}
 
@@ -145,6 +221,85 @@ ROWS = {
     "ia3 over nf4": Row({"type": "ia3", "quantization": "nf4"}, ia3_vectors, 0.5, "rank", 5e-2, **OVER_NF4),
 }
 
+ALONE: dict[str, Any] = {"bases": ("tiny_llama",), "foreign": "modules_to_save"}
+OWN: dict[str, Any] = ALONE | {"own_logits": own_weights_logits, "load_logits": transformers_logits}
+OF_PEFT: dict[str, Any] = ALONE | {"own_logits": injected_logits}
+BEHIND: dict[str, Any] = OF_PEFT | {"load_logits": peft_logits_behind(VIRTUAL), "can_merge": False}
+QV = ["q_proj", "v_proj"]
+
+ROWS |= {
+    "full": Row({"type": "full"}, all_weights, 1.0, learning_rate=3e-3, **OWN),
+    "last_layers": Row({"type": "last_layers", "layers": 1}, last_block, 1.0, learning_rate=3e-3, **OWN),
+    "bias": Row({"type": "bias"}, outputs, 0.5, **OWN | {"bases": ("tiny_biased",)}),
+    "prompt": Row(
+        {"type": "prompt", "virtual_tokens": VIRTUAL},
+        lambda layers: VIRTUAL * HIDDEN,
+        0.1,
+        learning_rate=1e-1,
+        **BEHIND,
+    ),
+    "prefix": Row(
+        {"type": "prefix", "virtual_tokens": VIRTUAL},
+        lambda layers: VIRTUAL * BLOCKS * 2 * HEADS_KV,
+        0.1,
+        learning_rate=1e-1,
+        **OF_PEFT | {"can_merge": False},
+    ),
+    "p_tuning": Row(
+        {
+            "type": "p_tuning",
+            "virtual_tokens": VIRTUAL,
+            "encoder_hidden_size": 32,
+            "config": {"encoder_dropout": 0.1},
+        },
+        lambda layers: VIRTUAL * HIDDEN + (HIDDEN + 1) * 32 + (32 + 1) * 32 + (32 + 1) * HIDDEN,
+        0.1,
+        goes_on=False,
+        **BEHIND,
+    ),
+    "vera": Row(
+        {"type": "vera", "rank": 8, "dropout": 0.1, "targets": QV},
+        every(lambda i, o: 8 + o, *QV),
+        0.1,
+        learning_rate=1e-1,
+        **OF_PEFT,
+    ),
+    "loha": Row(
+        {"type": "loha", "rank": 4, "config": {"module_dropout": 0.1}},
+        lambda layers: 2 * factors(layers, 4),
+        0.5,
+        **OF_PEFT,
+    ),
+    "lokr": Row({"type": "lokr", "rank": 4, "config": {"rank_dropout": 0.1}}, lokr_factors, 0.5, **OF_PEFT),
+    "oft": Row({"type": "oft", "block_size": 8}, every(lambda i, o: i // 8 * (8 * 7 // 2)), 0.5, **OF_PEFT),
+    "boft": Row(
+        {"type": "boft", "block_size": 4, "dropout": 0.1}, every(lambda i, o: i // 4 * 4 * 4 + o), 0.5, **OF_PEFT
+    ),
+    "adalora": Row(
+        {
+            "type": "adalora",
+            "initial_rank": 6,
+            "target_rank": 3,
+            "warmup_steps": 2,
+            "final_steps": 3,
+            "every": 2,
+        },
+        lambda layers: factors(layers, 6) + 6 * len(layers),
+        0.1,
+        goes_on=False,
+        learning_rate=5e-2,
+        **OF_PEFT,
+    ),
+    "ln_tuning": Row({"type": "ln_tuning"}, lambda layers: NORMS, 0.1, learning_rate=5e-2, **OF_PEFT),
+    "peft, hra": Row(
+        {"type": "peft", "name": "hra", "config": {"r": 4, "target_modules": QV}},
+        every(lambda i, o: 4 * i, *QV),
+        0.1,
+        learning_rate=1e-1,
+        **OF_PEFT,
+    ),
+}
+
 
 def recipe_for(row: Row, base: Path, output: Path) -> dict[str, Any]:
     return {
@@ -174,8 +329,12 @@ class Trained:
     run: Path
 
     @property
-    def adapter(self) -> Path:
-        return self.run / "adapter"
+    def owns_weights(self) -> bool:
+        return (self.run / "model").exists()
+
+    @property
+    def result(self) -> Path:
+        return self.run / ("model" if self.owns_weights else "adapter")
 
     @property
     def losses(self) -> list[float]:
@@ -201,13 +360,26 @@ class Impatient(SilentProgress):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.fixture(scope="module", params=[(name, base) for name in ROWS for base in BASES], ids=": ".join)
+def train(recipe: dict[str, Any], *, resume: bool = False, progress: Progress | None = None) -> RunResult:
+    """Train in this process, whatever the method."""
+    return train_here(luthier.load_recipe(recipe), resume=resume, progress=progress or SilentProgress())
+
+
+@pytest.fixture(scope="session")
+def tiny_biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with biases."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-biased", attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(
+    scope="module", params=[(name, base) for name, row in ROWS.items() for base in row.bases], ids=": ".join
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     name, base_name = request.param
     base: Path = request.getfixturevalue(base_name)
     output = tmp_path_factory.mktemp("contract") / "run"
     progress = Facts()
-    result = luthier.train(recipe_for(ROWS[name], base, output), progress=progress)
+    result = train(recipe_for(ROWS[name], base, output), progress=progress)
     assert result.status == "done"
     expected = ROWS[name].num_trainable(layers_of(base))
     assert progress.said["trainable"].startswith(f"{expected:,} parameters")
@@ -229,10 +401,10 @@ def test_the_loss_falls(trained: Trained) -> None:
 
 
 def test_its_files_say_the_same_without_luthier(trained: Trained) -> None:
-    ours = trained.row.own_logits(trained.base, trained.adapter, sequences())
-    theirs = trained.row.load_logits(trained.base, trained.adapter, sequences())
+    ours = trained.row.own_logits(trained.base, trained.result, sequences())
+    theirs = trained.row.load_logits(trained.base, trained.result, sequences())
     assert distance(ours, theirs) < trained.row.tolerance
-    assert distance(base_logits(trained.base), theirs) > 1e-2  # it says something of its own
+    assert distance(base_logits(trained.base, sequences()), theirs) > 1e-2  # it says something of its own
 
 
 def test_it_merges(trained: Trained, tmp_path: Path) -> None:
@@ -247,34 +419,58 @@ def test_it_merges(trained: Trained, tmp_path: Path) -> None:
     merged = model_logits(model, sequences(), classifies=False)
     # The merged weights are rounded to float32; a deviation is of that size.
     tolerance = max(1e-5, trained.row.tolerance)
-    assert distance(trained.row.own_logits(trained.base, trained.adapter, sequences()), merged) < tolerance
+    assert distance(trained.row.own_logits(trained.base, trained.result, sequences()), merged) < tolerance
 
 
 def test_it_resumes_to_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
     recipe = recipe_for(trained.row, trained.base, tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
-        luthier.train(recipe, progress=Impatient())
-    luthier.train(recipe, resume=True)
+        train(recipe, progress=Impatient())
+    train(recipe, resume=True)
     again = Trained(trained.row, trained.base, tmp_path / "cut")
     assert again.losses == trained.losses
-    for path in trained.adapter.glob("*.safetensors"):
-        assert (again.adapter / path.name).read_bytes() == path.read_bytes()
+    for path in trained.result.glob("*.safetensors"):
+        assert (again.result / path.name).read_bytes() == path.read_bytes()
 
 
 def test_it_is_gone_on_from(trained: Trained, tmp_path: Path) -> None:
     recipe = recipe_for(trained.row, trained.base, tmp_path / "more") | {"start_from": str(trained.run)}
     recipe["method"] = trained.row.goes_on_as or trained.row.method
+    if trained.owns_weights:
+        with pytest.raises(RecipeError, match="trains the base's own weights"):
+            train(recipe)
+        recipe |= {"start_from": None, "base": str(trained.run)}
+    if not trained.row.goes_on:
+        with pytest.raises(RecipeError, match="start_from: "):
+            train(recipe)
+        return
     recipe["train"] |= {"max_steps": 1}
-    luthier.train(recipe)
+    train(recipe)
     [loss] = Trained(trained.row, trained.base, tmp_path / "more").losses
     assert loss <= trained.losses[0] - trained.row.loss_falls_by
+
+
+def test_another_method_does_not_go_on_from_it(trained: Trained, tmp_path: Path) -> None:
+    if trained.owns_weights:
+        pytest.skip("a model is the base of any method")
+    recipe = recipe_for(trained.row, trained.base, tmp_path / "more") | {"start_from": str(trained.run)}
     # Another method over the same base, for another quantization is refused for itself.
     is_nf4 = luthier.load_recipe(recipe).method.quantization == "nf4"
     other: dict[str, Any] = {"type": "qlora" if is_nf4 else "lora"}
     if trained.row.method["type"] != "ia3":
         other = {"type": "ia3", "quantization": "nf4" if is_nf4 else None}
-    with pytest.raises(RecipeError, match=r"start_from: .* is "):
-        luthier.train(recipe | {"method": other, "output": str(tmp_path / "other")})
+    with pytest.raises(luthier.LuthierError, match=r"start_from: .* is |has peft_type"):
+        train(recipe | {"method": other, "output": str(tmp_path / "other")})
+
+
+def test_adaloras_ranks_have_changed(tiny_llama: Path, tmp_path: Path) -> None:
+    row = ROWS["adalora"]
+    train(recipe_for(row, tiny_llama, tmp_path / "run"))
+    pattern = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["rank_pattern"]
+    ranks = [sum(kept) for kept in pattern.values()]  # peft keeps a flag for each of the first ranks
+    assert len(ranks) == len(layers_of(tiny_llama))
+    assert sum(ranks) <= row.method["target_rank"] * len(ranks) < row.method["initial_rank"] * len(ranks)
+    assert len(set(ranks)) > 1, "all layers kept the same"
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -290,9 +486,9 @@ def test_it_refuses_fields_of_another_method(name: str, tiny_llama: Path, tmp_pa
             luthier.load_recipe(recipe | {"method": misspelt})
 
 
-def base_logits(base: Path) -> list[Tensor]:
+def base_logits(base: Path, sequences: list[Tokens]) -> list[Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float64").eval()
     with torch.inference_mode():
-        return model_logits(model, sequences(), classifies=False)
+        return model_logits(model, sequences, classifies=False)

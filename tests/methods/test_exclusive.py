@@ -1,4 +1,4 @@
-"""Own weights and methods of peft through the one loop: each learns, counts, saves, loads alone, resumes exactly."""
+"""Own weights and methods of peft through the one loop: what is theirs beside the contract of all methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from methods.exclusive_jobs import ALL, OWN, PEFT, TRAIN, base_of, examples, run, start
 from slots import distance, model_logits, random_sequences
-from tiny_models import write_tiny_llama
 
 from luthier.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from luthier.checkpoints.own_files import read_trained, write_result, write_trained
@@ -20,157 +19,15 @@ from luthier.engine.job import TrainingJob
 from luthier.engine.memory import activation_bytes_per_forward, activation_bytes_per_token
 from luthier.engine.pack import BASE_SLOT, PackItem, pack
 from luthier.engine.step import score
-from luthier.errors import ModelError, RecipeError
+from luthier.errors import RecipeError
 from luthier.export.compare import slot_logits
-from luthier.export.whole import export_peft_merged
 from luthier.methods.exclusive.layer import check, load_own
 from luthier.methods.peft.adalora import AdaloraHooks
-from luthier.methods.peft.layer import read_peft
 from luthier.types import ExclusiveSpec
 
-HIDDEN, INNER, VOCABULARY, HEADS_KV = 64, 112, 320, 32
-LINEARS = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 112), (64, 112), (112, 64)]
-"""(inputs, outputs) of one block's linear layers."""
-BLOCK = sum(i * o for i, o in LINEARS)
-
-LEAST_FALL = {"full": 1.5, "last_layers": 1.0, "bias": 0.5, "adalora": 0.001, "vera": 0.01, "prefix": 0.01}
-"""How far the loss falls in 12 steps, at least; 0.05 for the others."""
-
-
-@pytest.fixture(scope="module")
-def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with biases."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-biased"
-    return write_tiny_llama(folder, attention_bias=True, mlp_bias=True)
-
-
-@pytest.fixture
-def folder(request: pytest.FixtureRequest, tiny_llama: Path, biased: Path) -> Path:
-    return biased if request.getfixturevalue("name") == "bias" else tiny_llama
-
-
-METHODS = pytest.mark.parametrize("name", [*OWN, *PEFT])
-OF_PEFT = pytest.mark.parametrize("name", list(PEFT))
-
-
-def spec_of(name: str) -> ExclusiveSpec:
-    return (OWN | PEFT)[name]
-
-
-def num_trained(name: str) -> int:
-    """What the method's equation says, written out for the tiny Llama of two blocks."""
-    both = [pair for _ in range(2) for pair in LINEARS]
-    cut = [pair for pair in both if pair[1] != 0]
-    return {
-        "full": 2 * VOCABULARY * HIDDEN + 2 * (BLOCK + 2 * HIDDEN) + HIDDEN,
-        "last_layers": BLOCK + 2 * HIDDEN + HIDDEN + VOCABULARY * HIDDEN,
-        "bias": 2 * sum(o for _, o in LINEARS),
-        "prompt": 5 * HIDDEN,
-        "prefix": 5 * 2 * 2 * HEADS_KV,
-        "p_tuning": 5 * HIDDEN + (HIDDEN + 1) * 32 + (32 + 1) * 32 + (32 + 1) * HIDDEN,
-        "vera": 2 * ((8 + 64) + (8 + 32)),
-        "loha": sum(2 * 4 * (i + o) for i, o in cut),
-        "oft": sum(i // 8 * (8 * 7 // 2) for i, _ in both),
-        "boft": sum(i // 4 * 4 * 4 + o for i, o in both),
-        "adalora": sum(6 * (i + o) + 6 for i, o in both),
-        "ln_tuning": 5 * HIDDEN,
-        "hra": 2 * (4 * 64 + 4 * 64),
-    }.get(name, -1)
-
-
-@METHODS
-def test_the_loss_falls_and_the_parameters_are_counted(name: str, folder: Path) -> None:
-    engine, job = start(folder, spec_of(name))
-    reports = run(engine)
-    assert len(reports) == 12
-    assert job.state == "done", job.problem
-    assert reports[0].loss - min(report.loss for report in reports[-3:]) > LEAST_FALL.get(name, 0.05)
-    assert base_of(engine).is_packed == (name not in ("prompt", "prefix", "p_tuning"))
-    if name == "lokr":  # its factors' shapes come from the layers' divisors
-        assert 0 < job.slot.num_trainable_parameters < sum(4 * (i + o) for i, o in LINEARS) * 2
-    else:
-        assert job.slot.num_trainable_parameters == num_trained(name)
-
-
-@METHODS
-def test_a_resumed_job_ends_with_the_bytes_of_one_that_never_stopped(name: str, folder: Path, tmp_path: Path) -> None:
-    engine, whole = start(folder, spec_of(name))
-    losses = [report.loss for report in run(engine)]
-    engine, cut = start(folder, spec_of(name))
-    run(engine, until=5)
-    save_checkpoint(tmp_path, cut, engine.base, {}, base_name="tiny")
-    engine, again = start(folder, spec_of(name))
-    load_checkpoint(tmp_path / "step-000005", again, engine.base)
-    assert [report.loss for report in run(engine)] == losses[5:]
-    for parameter, value in whole.slot.parameters().items():
-        assert torch.equal(value, again.slot.parameters()[parameter]), parameter
-    for moment, value in whole.optimizer.state().items():
-        assert torch.equal(value, again.optimizer.state()[moment]), moment
-
-
-@pytest.mark.parametrize("name", list(OWN))
-def test_a_trained_model_loads_in_transformers_alone(name: str, folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    engine, job = start(folder, spec_of(name), "float64")
-    run(engine)
-    write_result(base_of(engine), tmp_path / "model", base_name="tiny")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float64").eval()
-    sequences = random_sequences((3, 17, 40), 300)
-    ours = slot_logits(engine.base, job.slot, sequences)
-    theirs = [model(input_ids=torch.from_numpy(s.astype(np.int64))[None]).logits[0] for s in sequences]
-    assert distance(ours, theirs) < 1e-9
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float64").eval()
-    apart = [base(input_ids=torch.from_numpy(s.astype(np.int64))[None]).logits[0] for s in sequences]
-    assert distance(ours, apart) > 1e-2
-
-
-@OF_PEFT
-def test_an_adapter_loads_in_peft_alone(name: str, folder: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    engine, job = start(folder, spec_of(name), "float64")
-    run(engine)
-    write_result(base_of(engine), tmp_path / "adapter", base_name=str(folder))
-    sequences = random_sequences((3, 17, 40), 300)
-    ours = slot_logits(engine.base, job.slot, sequences)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float64").eval()
-    apart = model_logits_whole(base, sequences)
-    assert distance(ours, apart) > 1e-5
-    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    virtual = 0 if name not in ("prompt", "p_tuning") else 5
-    theirs = [logits[virtual:] for logits in model_logits_whole(model, sequences)]
-    assert distance(ours, theirs) < 1e-9
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype="float64")
-    read = read_peft(again, folder, tmp_path / "adapter")
-    assert distance(ours, slot_logits(read, read.slot, sequences)) < 1e-9
-
-
-def model_logits_whole(model: Any, sequences: Any) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return [model(input_ids=torch.from_numpy(s.astype(np.int64))[None]).logits[0] for s in sequences]
-
-
-@pytest.mark.parametrize("name", ["vera", "loha", "lokr", "oft", "boft", "adalora", "ln_tuning", "hra"])
-def test_a_method_that_changes_weights_merges_to_equal_logits(name: str, folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    engine, job = start(folder, spec_of(name))
-    run(engine)
-    write_result(base_of(engine), tmp_path / "adapter", base_name=str(folder))
-    export_peft_merged(folder, tmp_path / "adapter", tmp_path / "merged")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    sequences = random_sequences((3, 17, 40), 300)
-    ours = slot_logits(engine.base, job.slot, sequences)
-    assert distance(ours, model_logits_whole(model, sequences)) < 1e-4
-
-
-def test_virtual_tokens_do_not_merge(tiny_llama: Path, tmp_path: Path) -> None:
-    engine, _ = start(tiny_llama, PEFT["prompt"])
-    write_result(base_of(engine), tmp_path / "adapter", base_name="tiny")
-    with pytest.raises(ModelError, match="virtual tokens stand beside the weights"):
-        export_peft_merged(tiny_llama, tmp_path / "adapter", tmp_path / "merged")
+LINEAR_WEIGHTS = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 112)
+"""Of the tiny Llama's two blocks: queries, keys, values and outputs, and the feed-forward's three."""
+HEAD_WEIGHTS = 320 * 64
 
 
 # -- own weights
@@ -230,7 +87,7 @@ def test_a_tied_embedding_is_one_parameter_and_stays_tied(tiny_llama_tied: Path,
     from transformers import AutoModelForCausalLM
 
     engine, job = start(tiny_llama_tied, OWN["full"])
-    assert job.slot.num_trainable_parameters == num_trained("full") - VOCABULARY * HIDDEN
+    assert job.slot.num_trainable_parameters == LINEAR_WEIGHTS + HEAD_WEIGHTS + 5 * 64
     before = engine.base.model.get_input_embeddings().weight.detach().clone()
     run(engine)
     write_result(base_of(engine), tmp_path / "model", base_name="tiny")
@@ -314,20 +171,20 @@ def test_splitting_an_optimizer_batch_changes_nothing(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "lokr"])
-def test_a_classifier_trains_and_loads_alone(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_classifier_trains_and_loads_alone(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    engine, job = start(folder, replace(spec_of(name), num_classes=3), "float64")
+    engine, job = start(tiny_llama, replace((OWN | PEFT)[name], num_classes=3), "float64")
     reports = run(engine)
     assert reports[-1].loss < reports[0].loss
-    write_result(base_of(engine), tmp_path / "out", base_name=str(folder), labels=["a", "b", "c"], pad_token_id=2)
+    write_result(base_of(engine), tmp_path / "out", base_name=str(tiny_llama), labels=["a", "b", "c"], pad_token_id=2)
     if name == "full":
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype="float64").eval()
         assert model.config.id2label[1] == "b"
     else:
         config = AutoConfig.from_pretrained(tmp_path / "out", subfolder="classifier")
-        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype="float64")
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, config=config, dtype="float64")
         model = PeftModel.from_pretrained(model, tmp_path / "out").eval()
     sequences = random_sequences((3, 17, 40), 300)
     ours = slot_logits(engine.base, job.slot, sequences)
@@ -402,6 +259,12 @@ def test_what_cannot_work_is_refused_without_the_weights(
         check(hollow, spec)
 
 
+@pytest.mark.parametrize("name", ["full", *PEFT])
+def test_what_adds_virtual_tokens_runs_padded_and_all_else_packed(name: str, tiny_llama: Path) -> None:
+    engine, _ = start(tiny_llama, (OWN | PEFT)[name])
+    assert base_of(engine).is_packed == (name not in ("prompt", "prefix", "p_tuning"))
+
+
 def test_an_example_longer_by_virtual_tokens_counts_its_own_tokens_alone(tiny_llama: Path) -> None:
     engine, _ = start(tiny_llama, PEFT["prompt"])
     report = run(engine, until=1)[0]
@@ -465,7 +328,7 @@ def test_changed_weights_are_counted_once_and_not_for_every_token(tiny_llama: Pa
     turned, _ = start(tiny_llama, replace(PEFT["boft"], options={"boft_block_size": 4, **ALL}))
     per_token = [activation_bytes_per_token(e.base, base_of(e).slot) for e in (plain, turned)]
     fixed = [activation_bytes_per_forward(e.base, base_of(e).slot) for e in (plain, turned)]
-    weights = 2 * BLOCK * 4
+    weights = 4 * LINEAR_WEIGHTS
     assert fixed[0] < 0.1 * weights
     assert weights < fixed[1] < 10 * weights, "a rotated copy of every weight, and what made it"
     assert per_token[1] < 2 * per_token[0]

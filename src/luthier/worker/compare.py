@@ -186,9 +186,11 @@ def _split_overrides(overrides: Sequence[str], methods: Sequence[str]) -> tuple[
     own: dict[str, list[str]] = {name: [] for name in methods}
     for override in overrides:
         field = override.partition("=")[0]
-        name, colon, _ = field.partition(":")
+        name, colon, own_field = field.partition(":")
         if not colon:
             common.append(override)
+        elif own_field.strip() in ("method", "method.type"):
+            raise RecipeError(f"--set {override!r} names another method", "fields of a method", "leave it out")
         elif name in own:
             own[name].append(override[len(name) + 1 :])
         else:
@@ -204,8 +206,6 @@ def _check_budget(name: str, common: Recipe, recipe: Recipe) -> None:
     before, after = common.model_dump(mode="json"), recipe.model_dump(mode="json")
     changed = [part for part in before if part not in ("method", "train", "output") and before[part] != after[part]]
     changed += [f"train.{part}" for part in BUDGET if before["train"][part] != after["train"][part]]
-    if recipe.method.type != name:
-        changed.append("method.type")
     if changed:
         raise RecipeError(
             f"--set {name}:... changes {', '.join(changed)} for {name} alone",

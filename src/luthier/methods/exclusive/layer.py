@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from luthier.errors import RecipeError
 from luthier.methods.bias import layer as bias
 from luthier.methods.full import layer as full
 from luthier.methods.last_layers import layer as last_layers
-from luthier.methods.peft.fields import VIRTUAL_TOKENS, check_fields
+from luthier.methods.peft.fields import STEPS_IF_UNKNOWN, VIRTUAL_TOKENS, check_fields
 from luthier.methods.peft.layer import peft_base, put_into
 from luthier.types import ExclusiveSpec
 
@@ -109,7 +109,8 @@ def _num_trained(model: Any, folder: Path, spec: ExclusiveSpec) -> int | None:
         return None  # its start may be taken from embeddings, which are not there yet
     try:
         with torch.device("meta"):
-            changed = put_into(model, spec, folder, seed=0, is_meta=True)
+            known = replace(spec, total_steps=spec.total_steps or STEPS_IF_UNKNOWN)
+            changed = put_into(model, known, folder, seed=0, is_meta=True)
     except RecipeError as error:
         if _is_for_want_of_weights(error):
             return None

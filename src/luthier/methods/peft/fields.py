@@ -39,6 +39,9 @@ _REFUSED = {
 }
 """Methods that the shared loop cannot run, and why."""
 
+STEPS_IF_UNKNOWN = 1_000_000
+"""For a config that wants the number of steps, held against base and fields before the data is known."""
+
 _IN_BANK = {"LORA": "lora", "IA3": "ia3"}
 _ADVICE = "`pip show peft` says which version is installed; its documentation lists the fields"
 
@@ -82,7 +85,7 @@ def check_fields(spec: ExclusiveSpec) -> None:
             "1",
             "leave it out; Luthier compiles nothing",
         )
-    make_config(spec, task_type="CAUSAL_LM", total_steps=spec.total_steps or 1_000_000)
+    make_config(spec, task_type="CAUSAL_LM", total_steps=spec.total_steps or STEPS_IF_UNKNOWN)
 
 
 def make_config(spec: ExclusiveSpec, *, task_type: str, total_steps: int | None, tokenizer: str | None = None) -> Any:
