@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from luthier.cli.check import check_command, supervised_segments
 from luthier.data.template import Renderer
-from luthier.errors import DataError
+from luthier.errors import DataError, RecipeError
 from luthier.recipe import DataConfig
 from luthier.tasks.chat.render import ChatTask
 
@@ -135,3 +135,40 @@ def test_missing_data_is_told_before_a_base_is_fetched(tmp_path: Path) -> None:
     result = run(path)
     assert isinstance(result.exception, DataError)
     assert "there is no data file" in result.exception.message
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "says"),
+    [
+        ({"type": "lora", "rank": 33}, "completion", "method.rank is 33"),
+        ({"type": "dora", "targets": ["q_prj"]}, "completion", "(did you mean 'q_proj'?)"),
+        ("bias", "completion", "has none"),
+        ({"type": "last_layers", "layers": 3}, "completion", "has 2 blocks"),
+        ({"type": "boft", "block_size": 5}, "completion", "block_size"),
+        ("prompt", "classification", "a classifier reads none"),
+        ({"type": "peft", "name": "booft"}, "completion", "did you mean 'boft'"),
+    ],
+)
+def test_a_method_that_the_base_cannot_take_is_told_as_a_training_tells_it(
+    method: Any, task: str, says: str, tmp_path: Path, tiny_llama: Path
+) -> None:
+    rows: list[Any] = [{"prompt": "a", "completion": "b"}] * 2
+    if task == "classification":
+        rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    recipe = {"base": str(tiny_llama), "task": task, "method": method, "data": {"train": str(data), "validation": None}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = run(tmp_path / "recipe.yaml")
+    assert isinstance(result.exception, RecipeError)
+    assert says in str(result.exception)
+    assert run(tmp_path / "recipe.yaml", "--no-base").exit_code == 0  # the data hold, and the base is not asked
+
+
+def test_a_method_that_fits_is_passed(tmp_path: Path, tiny_llama: Path) -> None:
+    data = write_rows(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    for method in ("full", "adalora", "ia3"):
+        recipe = {"base": str(tiny_llama), "task": "completion", "method": method}
+        (tmp_path / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe | {"data": {"train": str(data), "validation": None}})
+        )
+        assert run(tmp_path / "recipe.yaml").exit_code == 0

@@ -89,7 +89,7 @@ def _bars(axes: Axes, title: str, values: Sequence[float | None], say: Any, *, i
 
 def _scores(axes: Axes, rows: Sequence[MethodRow], metric: str) -> None:
     """Base and tuned value of each method, with their intervals."""
-    axes.set_title(f"{label(metric).lower()}, held out, with 95% intervals")
+    axes.set_title(f"{label(metric).lower()} (95% intervals)")
     for who, color, shift in (("base", SECOND, 0.16), ("tuned", ACCENT, -0.16)):
         is_named = False
         for place, row in enumerate(rows):
@@ -114,6 +114,6 @@ def _scores(axes: Axes, rows: Sequence[MethodRow], metric: str) -> None:
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(metric, value, digits=0)))
-    axes.legend(loc="upper left", bbox_to_anchor=(0.62, 1.16), ncols=2, handletextpad=0.3, borderaxespad=0.0)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.3, borderaxespad=0.2)
