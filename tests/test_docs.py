@@ -21,6 +21,7 @@ from luthier.cli.main import app
 from luthier.data.rows import RowProblem
 from luthier.recipe import Recipe, load_recipe
 from luthier.tasks.shapes import Shaper
+from luthier.worker.compare import recipes_for
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "luthier"
@@ -100,9 +101,12 @@ def test_commands_are_taken_by_the_command_line(page: Path) -> None:
         if not arguments or arguments == ["--help"]:
             continue
         context = COMMANDS[verb].make_context(verb, list(arguments))
-        for override in context.params.get("overrides") or []:
-            if "..." not in override:
-                load_recipe({"data": {"train": "train.jsonl"}, "task": "completion"}, [override])
+        recipe = {"data": {"train": "train.jsonl"}, "task": "completion"}
+        overrides = [text for text in context.params.get("overrides") or [] if "..." not in text]
+        if verb == "compare":
+            recipes_for(recipe, context.params["methods"].split(","), None, overrides)
+        for override in overrides if verb != "compare" else []:
+            load_recipe(recipe, [override])
 
 
 def test_the_commands_of_every_verb_are_shown() -> None:
