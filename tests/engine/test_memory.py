@@ -145,11 +145,13 @@ def test_the_sum_by_hand(tiny_llama: Path, make_examples: MakeExamples) -> None:
     assert plan.base == base.num_bytes == 4 * sum(p.numel() for p in base.model.parameters())
     flat = jobs[0].slot.flat
     assert flat is not None
-    assert (plan.adapters, plan.gradients, plan.optimizer) == (2 * adapter, 2 * adapter, 4 * 4 * flat.values_Z.numel())
+    largest = max(4 * p.numel() for p in jobs[0].slot.parameters().values())
+    assert (plan.adapters, plan.gradients) == (2 * adapter, 2 * adapter + largest)
+    assert plan.optimizer == 4 * 4 * flat.values_Z.numel()
     assert plan.tokens == sum(largest_micro_batch(job) for job in jobs)
     assert plan.activations > plan.tokens * plan.per_token
     assert plan.needed == plan.gradients + plan.optimizer + plan.activations
-    assert plan.total == plan.base + plan.adapters + plan.needed
+    assert plan.peak == memory.PROCESS_BYTES + plan.base + plan.adapters + plan.needed
     assert plan_memory(base, jobs, budget_tokens=1).tokens == max(largest_micro_batch(job) for job in jobs)
 
 
@@ -165,7 +167,7 @@ def test_the_largest_micro_batch_is_the_largest_that_will_run(tiny_llama: Path, 
     assert largest_micro_batch(job) == max(sizes) <= 70
 
 
-@pytest.mark.parametrize(("free", "fits"), [(10 * GIB, True), (64 * 2**20, False), (0, False)])
+@pytest.mark.parametrize(("free", "fits"), [(10 * GIB, True), (2**20, False), (0, False)])
 def test_what_fits_is_what_is_free(
     tiny_llama: Path, make_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
 ) -> None:

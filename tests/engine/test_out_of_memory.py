@@ -59,12 +59,13 @@ def assert_same(found: tuple[list[TrainingJob], dict], expected: tuple[list[Trai
             torch.testing.assert_close(tensor, adapter_of(twin)[name], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("error", [RuntimeError(MESSAGE), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
 @pytest.mark.parametrize("most", [100, 60, 44])
 def test_a_lone_job_goes_on_in_smaller_parts(
-    folder: Path, make_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, most: int
+    folder: Path, make_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, most: int, error: BaseException
 ) -> None:
     expected = run(folder, make_examples, [0])
-    room = Room(monkeypatch, most)
+    room = Room(monkeypatch, most, error)
     found = run(folder, make_examples, [0])
     assert_same(found, expected)
     assert room.num_refused > 0

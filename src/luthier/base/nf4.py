@@ -85,7 +85,20 @@ def load_nf4(model_class: Any, folder: Path, device: torch.device, dtype: torch.
             "train with `method: lora`, which takes the base as it is",
         )
     hold_in_nf4(model, weights, dtype)
+    _let_go_of_the_file(model)
     return model
+
+
+@torch.no_grad()
+def _let_go_of_the_file(model: nn.Module) -> None:
+    """Copy what was not quantized.
+
+    On a CPU safetensors gives views of the mapped file: one embedding would keep all of its pages, those of the
+    quantized layers included.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def hold_in_nf4(model: nn.Module, weights: Mapping[str, Nf4Weight], dtype: torch.dtype) -> None:

@@ -13,15 +13,23 @@ from luthier.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A base's linear layers.
+    """A base's linear layers, and its size.
 
     Attributes:
         layers: Name -> (inputs, outputs), in the model's order.
         output_name: The output layer's name, or None where there is none.
+        num_parameters: Of the whole base, those that layers share counted once.
+        num_blocks, hidden_size, vocabulary_size: As the config has them.
+        is_tied: Whether the output layer is the embedding.
     """
 
     layers: dict[str, tuple[int, int]]
     output_name: str | None
+    num_parameters: int = 0
+    num_blocks: int = 0
+    hidden_size: int = 0
+    vocabulary_size: int = 0
+    is_tied: bool = False
 
 
 def outline(folder: Path) -> Outline:
@@ -42,8 +50,15 @@ def outline(folder: Path) -> Outline:
             "a folder with the config.json of an architecture that transformers knows",
         ) from error
     output = model.get_output_embeddings()
+    model.tie_weights()
+    vocabulary_size, hidden_size = model.get_input_embeddings().weight.shape
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     return Outline(
         {name: (module.in_features, module.out_features) for name, module in linears.items()},
         next((name for name, module in model.named_modules() if module is output), None),
+        sum(parameter.numel() for parameter in model.parameters()),
+        config.get_text_config().num_hidden_layers,
+        hidden_size,
+        vocabulary_size,
+        output is not None and output.weight is model.get_input_embeddings().weight,
     )

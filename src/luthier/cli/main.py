@@ -16,6 +16,7 @@ from luthier.cli.export import export_command
 from luthier.cli.init import init_command
 from luthier.cli.jobs import Where, files_app, jobs_app
 from luthier.cli.models import models_command
+from luthier.cli.plan import plan_command
 from luthier.cli.serve import serve_command, worker_command
 from luthier.cli.tenants import backup_command, keys_app, restore_command, tenants_app, usage_command
 from luthier.cli.train import train_command
@@ -57,6 +58,7 @@ def root(
 
 app.command("init")(init_command)
 app.command("check")(check_command)
+app.command("plan")(plan_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("chat")(chat_command)

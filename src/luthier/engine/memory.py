@@ -1,8 +1,9 @@
-"""What a job will need in memory, before it runs.
+"""What a job needs in memory, before it runs: the one model that plans, admissions and runs share.
 
 Weights, adapters, gradients and optimizer state are counted. Activations are measured: a small forward under
 `saved_tensors_hooks` tells which tensors the backward keeps, for any architecture, and their bytes grow with the
-tokens.
+tokens. They are measured on the base that is loaded, or on a skeleton of one and of two blocks
+(`base/skeleton.py`), from which `JobCosts.of_blocks` goes on to all of them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,98 @@ from luthier.engine.job import TrainingJob, split_by_tokens
 from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, Segment, pack
 from luthier.engine.slot import Slot
+from luthier.objectives.language_modelling import CHUNK_BYTES, GPU_CHUNK_ROWS
 from luthier.types import Example
 
 PROBE_TOKENS = 64
+
+PROCESS_BYTES = 520 * 2**20
+"""Resident on a CPU before the base is there: Python with torch (built for a CPU), transformers and peft, and the data
+as it is read."""
+
+HEAP_SLACK = 1.25
+"""On a CPU, resident bytes a byte of activations: what the backward makes for a moment, and holes that tensors of other
+sizes leave in the heap. `benchmarks/plan.py` fits both."""
+
+MARGIN = 0.8
+"""Share of the free memory that a run may plan to take."""
+
+LEAST_MICRO_BATCH_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class JobCosts:
+    """What one job takes on one base, in bytes.
+
+    Attributes:
+        adapters: What it trains.
+        gradients, optimizer: Of that.
+        largest: The largest trained tensor: its gradient is there twice while micro-batches are added up.
+        per_token: Activations of one token.
+        per_supervised_token: At the output layer, where its logits must exist at once.
+        per_forward: Kept whatever the number of tokens.
+    """
+
+    adapters: int
+    gradients: int
+    optimizer: int
+    largest: int
+    per_token: int
+    per_supervised_token: int
+    per_forward: int
+
+    @staticmethod
+    def of_blocks(one: JobCosts, two: JobCosts, num_blocks: int) -> JobCosts:
+        """Of a base of `num_blocks` blocks, from those of skeletons with one and with two."""
+
+        def grown(name: str) -> int:
+            first: int = getattr(one, name)
+            return first + (num_blocks - 1) * (getattr(two, name) - first)
+
+        return JobCosts(
+            **{name: grown(name) for name in ("adapters", "gradients", "optimizer", "per_token", "per_forward")},
+            largest=two.largest,
+            per_supervised_token=two.per_supervised_token,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A base as it is held, as far as memory is concerned.
+
+    Attributes:
+        weights: Bytes of the weights that do not train.
+        dense: Of the largest quantized layer in numbers: what a product takes for a moment.
+        device_type: "cpu" or "cuda".
+        itemsize: Bytes of a value that is computed with.
+    """
+
+    weights: int
+    dense: int
+    hidden_size: int
+    vocabulary_size: int
+    device_type: str
+    itemsize: int
+
+    @classmethod
+    def of(cls, base: Base) -> Held:
+        """A base that is loaded."""
+        return cls(
+            base.num_bytes,
+            base.dense_bytes,
+            base.hidden_size,
+            base.vocabulary_size,
+            base.device.type,
+            base.dtype.itemsize,
+        )
+
+    def head_bytes(self, num_tokens: int) -> int:
+        """Of a chunk's logits with what is made of them, and of the hidden states' gradient."""
+        gradient = 2 * num_tokens * self.hidden_size * 4
+        if self.device_type == "cuda" and self.itemsize == 2:
+            return min(num_tokens, GPU_CHUNK_ROWS) * self.vocabulary_size * self.itemsize + gradient
+        rows = min(num_tokens, max(8, CHUNK_BYTES // (4 * self.vocabulary_size)))
+        return 2 * rows * self.vocabulary_size * 4 + gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +121,17 @@ class MemoryPlan:
     """All in bytes.
 
     Attributes:
+        process: What the process holds besides, where that is in the same memory.
         base: The resident weights.
         adapters, gradients, optimizer: Of all the jobs together.
         activations: What the largest joint forward keeps for its backward, with the output layer's chunk.
         tokens: Tokens in the largest joint forward.
-        available: What the device has left for adapters, gradients, optimizer and activations; the base is loaded
+        available: What the device has left for gradients, optimizer and activations; base and adapters are there
             already.
-        per_token: Activations of one token.
+        per_token: What grows with each of the tokens.
     """
 
+    process: int
     base: int
     adapters: int
     gradients: int
@@ -55,8 +147,15 @@ class MemoryPlan:
         return self.gradients + self.optimizer + self.activations
 
     @property
-    def total(self) -> int:
-        return self.base + self.adapters + self.needed
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return self.process + self.base + self.adapters + self.needed
+
+    @property
+    def tokens_that_fit(self) -> int:
+        """Tokens in the largest forward that a run would choose: `MARGIN` of what is free holds it."""
+        fixed = self.gradients + self.optimizer + (self.activations - self.tokens * self.per_token)
+        return max(0, int((self.available * MARGIN - fixed) // max(1, self.per_token)))
 
     @property
     def fits(self) -> bool:
@@ -110,7 +209,7 @@ def _kept_bytes(base: Base, slot: Slot | OwnSlot, num_tokens: int) -> int:
     return sum(kept.values())
 
 
-def head_bytes_per_token(base: Base, slot: Slot | OwnSlot) -> int:
+def head_bytes_per_token(base: Base, slot: Slot | OwnSlot, vocabulary_size: int | None = None) -> int:
     """Bytes that one supervised token takes at the output layer beyond a chunk's, where its logits must exist at once.
 
     Logits, their float32 copy, the log-softmax and its gradient: a head that scales or caps, or that the slot changes.
@@ -119,7 +218,7 @@ def head_bytes_per_token(base: Base, slot: Slot | OwnSlot) -> int:
         return 0
     if base.head_is_plain and base.bank.head_is_plain_for([Segment(slot.index, 0, 1)]):
         return 0
-    return base.vocabulary_size * (base.dtype.itemsize + 3 * max(4, base.dtype.itemsize))
+    return (vocabulary_size or base.vocabulary_size) * (base.dtype.itemsize + 3 * max(4, base.dtype.itemsize))
 
 
 def _same(value: Any) -> Any:
@@ -144,28 +243,52 @@ def _cgroup_room() -> int:
         return 2**62
 
 
+def measured_costs(base: Base, job: TrainingJob, vocabulary_size: int | None = None) -> JobCosts:
+    """What a job takes on `base`, which is loaded or a skeleton.
+
+    Args:
+        vocabulary_size: Of the whole base, where a skeleton's is cut.
+    """
+    trained = [p.numel() * p.element_size() for p in job.slot.parameters().values() if p.requires_grad]
+    return JobCosts(
+        adapters=sum(trained),
+        gradients=sum(trained),
+        optimizer=job.optimizer.state_bytes,
+        largest=max(trained, default=0),
+        per_token=activation_bytes_per_token(base, job.slot),
+        per_supervised_token=head_bytes_per_token(base, job.slot, vocabulary_size),
+        per_forward=activation_bytes_per_forward(base, job.slot),
+    )
+
+
+def plan_of(held: Held, costs: Sequence[JobCosts], num_tokens: int, available: int) -> MemoryPlan:
+    """The sum: jobs of these costs, with at most `num_tokens` in a joint forward."""
+    is_cpu = held.device_type == "cpu"
+    per_token = max(each.per_token * (HEAP_SLACK if is_cpu else 1.0) + each.per_supervised_token for each in costs)
+    fixed = max(each.per_forward for each in costs) + held.dense + held.head_bytes(num_tokens)
+    return MemoryPlan(
+        process=PROCESS_BYTES if is_cpu else 0,
+        base=held.weights,
+        adapters=sum(each.adapters for each in costs),
+        gradients=sum(each.gradients for each in costs) + max(each.largest for each in costs),
+        optimizer=sum(each.optimizer for each in costs),
+        activations=num_tokens * int(per_token) + fixed,
+        tokens=num_tokens,
+        available=available,
+        per_token=int(per_token),
+    )
+
+
 def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> MemoryPlan:
     """Predict what the jobs need together when a joint forward holds at most `budget_tokens`."""
-    parameters = sum(
-        p.numel() * p.element_size() for job in jobs for p in job.slot.parameters().values() if p.requires_grad
-    )
-    per_token = max(activation_bytes_per_token(base, job.slot) + head_bytes_per_token(base, job.slot) for job in jobs)
-    largest = sum(largest_micro_batch(job) for job in jobs)
-    alone = max(largest_micro_batch(job) for job in jobs)
-    tokens = max(alone, min(largest, budget_tokens))
-    # The output layer's chunk: logits and their gradient with respect to the hidden states; a layer out of NF4.
-    head = 2 * 32 * 2**20 + 2 * tokens * base.hidden_size * 4 + base.dense_bytes
-    fixed = max(activation_bytes_per_forward(base, job.slot) for job in jobs)
-    return MemoryPlan(
-        base=base.num_bytes,
-        adapters=parameters,
-        gradients=parameters,
-        optimizer=sum(job.optimizer.state_bytes for job in jobs),
-        activations=tokens * per_token + head + fixed,
-        tokens=tokens,
-        available=available_bytes(base.device),
-        per_token=per_token,
-    )
+    costs = [measured_costs(base, job) for job in jobs]
+    return plan_of(Held.of(base), costs, largest_forward(jobs, budget_tokens), available_bytes(base.device))
+
+
+def largest_forward(jobs: Sequence[TrainingJob], budget_tokens: int) -> int:
+    """Tokens in the largest joint forward; a micro-batch past the budget runs alone."""
+    sizes = [largest_micro_batch(job) for job in jobs]
+    return max(max(sizes), min(sum(sizes), budget_tokens))
 
 
 def recompute_few(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> int:
@@ -193,8 +316,8 @@ def largest_micro_batch(job: TrainingJob, num_batches: int = 200) -> int:
     return largest
 
 
-def fit_micro_batches(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int, margin: float = 0.8) -> int:
-    """Shrink micro-batches and the joint budget until the prediction fits `margin` of what is free.
+def fit_micro_batches(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> int:
+    """Shrink micro-batches and the joint budget until the prediction fits `MARGIN` of what is free.
 
     The optimizer batch stays as it is. A user's own `micro_batch_tokens` is shrunk too when it would not fit.
 
@@ -202,9 +325,7 @@ def fit_micro_batches(base: Base, jobs: Sequence[TrainingJob], budget_tokens: in
         The joint budget, in tokens.
     """
     memory = plan_memory(base, jobs, budget_tokens)
-    fixed = memory.gradients + memory.optimizer + (memory.activations - memory.tokens * memory.per_token)
-    room = int((memory.available * margin - fixed) // max(1, memory.per_token))
-    budget = max(16, min(budget_tokens, room))
+    budget = max(LEAST_MICRO_BATCH_TOKENS, min(budget_tokens, memory.tokens_that_fit))
     for job in jobs:
-        job.micro_batch_tokens = max(16, min(job.micro_batch_tokens, budget))
+        job.micro_batch_tokens = max(LEAST_MICRO_BATCH_TOKENS, min(job.micro_batch_tokens, budget))
     return budget

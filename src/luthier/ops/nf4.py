@@ -26,6 +26,9 @@ from luthier.ops.fp8 import Fp8Weight
 BLOCK = 64
 """Values that share a scale."""
 
+STATE_BLOCK = 256
+"""Scales that share a scale of their own."""
+
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What bitsandbytes dequantizes to. Any other type is reached through float32."""
 
@@ -91,6 +94,12 @@ def quantize(weight_OI: Tensor, dtype: torch.dtype | None = None) -> Nf4Weight:
         given_OI = given_OI.float()
     packed, state = quantize_4bit(given_OI, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
     return Nf4Weight(packed, state, dtype or weight_OI.dtype)
+
+
+def num_bytes_of(num_values: int) -> int:
+    """`Nf4Weight.num_bytes` of a weight of so many values: indices, scales in 8 bits, their scales, two codes."""
+    num_scales = -(-num_values // BLOCK)
+    return -(-num_values // 2) + num_scales + 4 * -(-num_scales // STATE_BLOCK) + 4 * (16 + 256 + 1)
 
 
 FrozenWeight = Tensor | Nf4Weight | Fp8Weight

@@ -20,6 +20,7 @@ import psutil
 
 from luthier.errors import LuthierError
 from luthier.recipe import Recipe
+from luthier.worker.killed import mark_killed
 from luthier.worker.messages import PROGRESS_VERBS, error_of, relay
 from luthier.worker.progress import Progress
 from luthier.worker.run import RunResult
@@ -229,7 +230,7 @@ class Children:
     def _mark_failed(path: Path, problem: str) -> None:
         folder = RunFolder(path)
         if folder.has_state:
-            folder.set_state("failed", problem=problem)
+            mark_killed(folder, problem)
 
 
 def _gib(num_bytes: int) -> str:

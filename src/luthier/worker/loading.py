@@ -70,10 +70,15 @@ def placement_of(recipe: Recipe, say: Callable[[str], None] = lambda text: None)
             f"compute.device is {device}, and torch sees {torch.cuda.device_count()} CUDA devices",
             f"a number below {torch.cuda.device_count()}",
         )
+    return placed_on(recipe, device, resolve(recipe.base, say))
+
+
+def placed_on(recipe: Recipe, device: str, folder: Path) -> Placement:
+    """Where the recipe's base, or what there is of it in `folder`, is held on a device that need not be here."""
     dtype = recipe.train.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return Placement(resolve(recipe.base, say), device, dtype, quantization)
+    return Placement(folder, device, dtype, recipe.method.quantization)
 
 
 def check_optimizer(recipe: Recipe, device: str) -> None:

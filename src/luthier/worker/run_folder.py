@@ -21,6 +21,9 @@ from luthier.methods.config import exclusive_spec
 from luthier.recipe import Recipe, validate
 
 FORMAT = 1
+LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
+"""Who trains the folder now: `worker/run_lock.py` keeps them."""
+
 PACKAGES = ("luthier", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -59,7 +62,7 @@ class RunFolder:
             )
         if run.path.exists() and not run.path.is_dir():
             raise RunError(f"{run.path} is a file", "a new or empty folder", "choose another with --set output=...")
-        if not is_unused and run.path.exists() and any(run.path.iterdir()):
+        if not is_unused and run.path.exists() and not run.is_empty:
             raise RunError(f"{run.path} is not empty", "a new or empty folder", "choose another with --set output=...")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -91,6 +94,11 @@ class RunFolder:
     @property
     def has_state(self) -> bool:
         return (self.path / "state.json").exists()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing but a lock stands in the folder."""
+        return all(path.name in (LOCK_FILE, HOLDER_FILE) for path in self.path.iterdir())
 
     def tuned(self, recipe: Recipe) -> Path:
         """Where the run's result stands, by its method: `model` or `adapter`."""

@@ -13,26 +13,30 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 import torch
 
 from luthier.base.load import Base
 from luthier.base.outline import outline
-from luthier.engine.engine import DEFAULT_BUDGET_TOKENS, Engine
-from luthier.engine.memory import MemoryPlan, available_bytes, fit_micro_batches, plan_memory, recompute_few
+from luthier.engine.engine import Engine
+from luthier.engine.memory import available_bytes
 from luthier.engine.targets import check_layers
-from luthier.errors import MemoryShortError, RecipeError
+from luthier.errors import RecipeError
 from luthier.methods.config import bank_spec, exclusive_spec
 from luthier.methods.exclusive.layer import check
 from luthier.methods.peft.fields import check_fields
 from luthier.recipe import Recipe
 from luthier.worker.children import Children
+from luthier.worker.killed import note_end
 from luthier.worker.loading import Placement, check_optimizer, load_own_placed, load_placed, placement_of
-from luthier.worker.need import predicted_need
+from luthier.worker.memory import Shrinking, settle_memory
 from luthier.worker.peft_values import check_values
+from luthier.worker.plan import admission_bytes
 from luthier.worker.progress import Progress, SilentProgress
 from luthier.worker.run import Run, RunResult
+from luthier.worker.run_lock import holding
 
 __all__ = ["RunResult", "train"]
 
@@ -84,6 +88,13 @@ def train_together(
     """Train recipes of the bank on one resident base, while children train beside it; errors as `train`."""
     placement = _common_placement(recipes, progress)
     _check_methods(recipes, placement)
+    with holding([recipe.output for recipe in recipes]):
+        return _train_held(recipes, placement, resume=resume, progress=progress, children=children)
+
+
+def _train_held(
+    recipes: Sequence[Recipe], placement: Placement, *, resume: bool, progress: Progress, children: Children | None
+) -> list[RunResult]:
     runs = [Run.begin(recipe, placement.folder, progress, resume=resume) for recipe in recipes]
     kept = [result for run in runs if (result := run.kept_result()) is not None]
     if len(kept) == len(runs):
@@ -98,22 +109,31 @@ def train_together(
 def train_exclusive(recipe: Recipe, *, resume: bool, progress: Progress) -> RunResult:
     """Train one exclusive recipe in this process, on a base of its own; errors as `train`."""
     placement = placement_of(recipe, progress.note)
-    run = Run.begin(recipe, placement.folder, progress, resume=resume)
-    if (kept := run.kept_result()) is not None:
-        return kept
-    progress.stage(f"Loading a base for {recipe.output}")
-    base = load_own_placed(placement, run.exclusive_spec(), recipe.train.seed, recipe.compute.threads)
-    return _train_on(base, [run], progress)[0]
+    with holding([recipe.output]):
+        run = Run.begin(recipe, placement.folder, progress, resume=resume)
+        if (kept := run.kept_result()) is not None:
+            return kept
+        progress.stage(f"Loading a base for {recipe.output}")
+        base = load_own_placed(placement, run.exclusive_spec(), recipe.train.seed, recipe.compute.threads)
+        return _train_on(base, [run], progress)[0]
 
 
 def _train_on(base: Base, runs: list[Run], progress: Progress, children: Children | None = None) -> list[RunResult]:
+    try:
+        return _train_noted(base, runs, progress, children)
+    except BaseException as error:
+        for run in runs:
+            note_end(run.folder, error)
+        raise
+
+
+def _train_noted(base: Base, runs: list[Run], progress: Progress, children: Children | None) -> list[RunResult]:
     if base.packing_problem:
         progress.note(f"this base runs padded, which is slower: {base.packing_problem}", "warning")
     engine = Engine(base)
     for run in runs:
-        run.folder.set_state("training")
         engine.add(run.admit(base))
-    plan = _settle_memory(engine, runs, progress)
+    plan = settle_memory(engine, runs, progress)
     if children is not None:
         children.admit(plan.available - plan.needed, beside_others=True)
     for run in runs:
@@ -134,6 +154,7 @@ def _loop(engine: Engine, runs: list[Run], progress: Progress, asked: list[int],
     for run in runs:
         if run.job.is_active:
             progress.start(run.name, run.job.total_steps)
+    shrinking = Shrinking(engine, runs, progress)
     while engine.has_work:
         if asked:
             for run in runs:
@@ -141,6 +162,7 @@ def _loop(engine: Engine, runs: list[Run], progress: Progress, asked: list[int],
             raise KeyboardInterrupt
         for report in engine.step():
             by_name[report.job].on_step(report)
+        shrinking.look()
         for run in runs:
             if run.job.state == "failed" and not run.stopped_because:
                 run.stopped_because = run.job.problem
@@ -175,7 +197,8 @@ def _need(recipe: Recipe, progress: Progress) -> int:
         )
     if recipe.task.type == "classification":
         spec = replace(spec, num_classes=2)  # how many there are shows with the data; that there are any, now
-    return predicted_need(recipe, placement, check(placement.folder, spec))
+    check(placement.folder, spec)
+    return admission_bytes(recipe, placement)
 
 
 def _check_outputs(recipes: Sequence[Recipe]) -> None:
@@ -233,57 +256,17 @@ def _check_methods(recipes: Sequence[Recipe], placement: Placement) -> None:
             check_layers(bank_spec(recipe.method), shape.layers, shape.output_name)
 
 
-def _settle_memory(engine: Engine, runs: list[Run], progress: Progress) -> MemoryPlan:
-    """Predict memory, turn on recomputation or shrink micro-batches until it fits, and say what came out.
-
-    Raises:
-        MemoryShortError: when even one sequence at a time would not fit.
-    """
-    base, jobs = engine.base, [run.job for run in runs]
-    modes = {run.recipe.train.gradient_checkpointing for run in runs}
-    base.set_checkpointing("on" in modes)
-    plan = plan_memory(base, jobs, engine.budget_tokens)
-    if not plan.fits and "on" not in modes and "off" not in modes:
-        num_layers = recompute_few(base, jobs, engine.budget_tokens)
-        share = f" in {num_layers} of {base.num_layers} blocks" if num_layers < base.num_layers else ""
-        progress.note(f"memory is short: activations are computed again in the backward{share}", "warning")
-    engine.budget_tokens = fit_micro_batches(base, jobs, DEFAULT_BUDGET_TOKENS)
-    plan = plan_memory(base, jobs, engine.budget_tokens)
-    if not plan.fits:
-        raise MemoryShortError(
-            f"the jobs need {_gib(plan.needed)} beyond the base, and {_gib(plan.available)} are free",
-            fix="lower train.max_length or method.rank, set train.gradient_checkpointing: on, or free some memory",
-        )
-    if engine.budget_tokens < DEFAULT_BUDGET_TOKENS:
-        progress.note(f"a forward holds at most {engine.budget_tokens:,} tokens, so that it fits in memory")
-    progress.facts("memory", _memory_rows(plan, base))
-    return plan
-
-
-def _memory_rows(plan: MemoryPlan, base: Base) -> list[tuple[str, str]]:
-    return [
-        ("base", f"{_gib(plan.base)} as {_held(base)}, loaded"),
-        ("adapters, gradients, optimizer", _gib(plan.adapters + plan.gradients + plan.optimizer)),
-        ("activations", f"{_gib(plan.activations)} at most"),
-        ("still to be taken", f"{_gib(plan.needed)} of {_gib(plan.available)} free"),
-    ]
-
-
-def _held(base: Base) -> str:
-    dtype = str(base.dtype).removeprefix("torch.")
-    return f"{base.quantization.upper()} ({dtype} besides)" if base.quantization else dtype
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held: on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        # Not getrusage: what it counts begins with the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def device_name(base: Base) -> str:

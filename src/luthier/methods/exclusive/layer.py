@@ -59,7 +59,15 @@ def load_own(
         RecipeError: when method and base do not go together.
         ModelError: when the folder holds no causal language model.
     """
-    model = load_model(folder, device=device, dtype=dtype)
+    return own_over(load_model(folder, device=device, dtype=dtype), folder, spec, seed=seed)
+
+
+def own_over(model: Any, folder: Path, spec: ExclusiveSpec, *, seed: int) -> OwnBase:
+    """Put what trains into a model, which the job owns from then on.
+
+    Raises:
+        RecipeError: when method and base do not go together.
+    """
     num_parameters = _count(model)
     if not spec.owns_weights:
         return peft_base(put_into(model, spec, folder, seed), folder, spec, num_parameters, seed)
