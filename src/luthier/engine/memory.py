@@ -70,11 +70,8 @@ class JobCosts:
             first: int = getattr(one, name)
             return first + (num_blocks - 1) * (getattr(two, name) - first)
 
-        return JobCosts(
-            **{name: grown(name) for name in ("adapters", "gradients", "optimizer", "per_token", "per_forward")},
-            largest=two.largest,
-            per_supervised_token=two.per_supervised_token,
-        )
+        names = ("adapters", "gradients", "optimizer", "largest", "per_token", "per_forward")
+        return JobCosts(**{name: grown(name) for name in names}, per_supervised_token=two.per_supervised_token)
 
 
 @dataclass(frozen=True, slots=True)
