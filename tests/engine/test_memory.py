@@ -146,8 +146,8 @@ def test_the_sum_by_hand(tiny_llama: Path, make_examples: MakeExamples) -> None:
     flat = jobs[0].slot.flat
     assert flat is not None
     largest = max(4 * p.numel() for p in jobs[0].slot.parameters().values())
-    expected = 2 * adapter, 2 * adapter + largest, 4 * 4 * flat.values_Z.numel()
-    assert (plan.adapters, plan.gradients, plan.optimizer) == expected
+    assert (plan.adapters, plan.gradients) == (2 * adapter, 2 * adapter + largest)
+    assert plan.optimizer == 4 * 4 * flat.values_Z.numel()
     assert plan.tokens == sum(largest_micro_batch(job) for job in jobs)
     assert plan.activations > plan.tokens * plan.per_token
     assert plan.needed == plan.gradients + plan.optimizer + plan.activations

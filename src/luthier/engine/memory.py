@@ -70,11 +70,8 @@ class JobCosts:
             first: int = getattr(one, name)
             return first + (num_blocks - 1) * (getattr(two, name) - first)
 
-        return JobCosts(
-            **{name: grown(name) for name in ("adapters", "gradients", "optimizer", "per_token", "per_forward")},
-            largest=two.largest,
-            per_supervised_token=two.per_supervised_token,
-        )
+        names = ("adapters", "gradients", "optimizer", "largest", "per_token", "per_forward")
+        return JobCosts(**{name: grown(name) for name in names}, per_supervised_token=two.per_supervised_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,15 +261,19 @@ def measured_costs(base: Base, job: TrainingJob, vocabulary_size: int | None = N
 def plan_of(held: Held, costs: Sequence[JobCosts], num_tokens: int, available: int) -> MemoryPlan:
     """The sum: jobs of these costs, with at most `num_tokens` in a joint forward."""
     is_cpu = held.device_type == "cpu"
-    per_token = max(each.per_token * (HEAP_SLACK if is_cpu else 1.0) + each.per_supervised_token for each in costs)
+    slack = HEAP_SLACK if is_cpu else 1.0
+    per_token = max(each.per_token * slack + each.per_supervised_token for each in costs)
+    # Gradients come as activations go, and fill the holes of the heap first.
+    gradients = sum(each.gradients for each in costs)
+    filled = min(gradients, int(num_tokens * max(each.per_token for each in costs) * (slack - 1.0)))
     fixed = max(each.per_forward for each in costs) + held.dense + held.head_bytes(num_tokens)
     return MemoryPlan(
         process=PROCESS_BYTES if is_cpu else 0,
         base=held.weights,
         adapters=sum(each.adapters for each in costs),
-        gradients=sum(each.gradients for each in costs) + max(each.largest for each in costs),
+        gradients=gradients + max(each.largest for each in costs),
         optimizer=sum(each.optimizer for each in costs),
-        activations=num_tokens * int(per_token) + fixed,
+        activations=num_tokens * int(per_token) + fixed - filled,
         tokens=num_tokens,
         available=available,
         per_token=int(per_token),

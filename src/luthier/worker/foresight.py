@@ -145,7 +145,7 @@ def _measure(
         base = own = own_over(model, placement.folder, given, seed=seed)
         slot = own.slot
     else:
-        base = Base(model, wants_fast_body=placement.device.startswith("cuda"))
+        base = Base(model)
         slot = base.bank.add(spec, seed, fresh=False)
     base.set_checkpointing(recomputes)
     job = TrainingJob(recipe.output, slot, examples, recipe.train.spec())
