@@ -99,6 +99,7 @@ def start_api(folder: Path, base: Path, port: int) -> Process:
         else:
             process.port = port  # type: ignore[attr-defined]
             return process
+    process.kill()
     raise AssertionError("the API does not start")
 
 

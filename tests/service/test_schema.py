@@ -37,7 +37,7 @@ def fuzzed(
 
 def test_no_operation_fails(fuzzed: Service) -> None:
     """Every operation, with generated parameters and bodies, valid and not."""
-    schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json", timeout=PATIENCE_SECONDS)
     headers = {"authorization": f"Bearer {fuzzed.keys['acme']}"}
     num_operations = 0
     for found in schema.get_all_operations():

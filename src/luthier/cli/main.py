@@ -45,7 +45,7 @@ def _print_version(value: bool) -> None:
 def root(
     context: typer.Context,
     server: str | None = typer.Option(
-        None, "--server", metavar="URL", envvar="LUTHIER_SERVER", help="A server that `jobs`, `files` and `models` ask."
+        None, "--server", metavar="URL", envvar="LUTHIER_SERVER", help="A server that the service's verbs ask."
     ),
     key: str | None = typer.Option(
         None, "--key", help="The server's API key. Default: $LUTHIER_API_KEY.", show_default=False
