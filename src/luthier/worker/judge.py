@@ -164,6 +164,8 @@ class Judge:
 
     def prompt_texts(self) -> dict[int, str]:
         """Row -> what the model was given, as a person reads it."""
+        if self.data.validation_records is None:
+            return {}
         if self.data.task.generates:
             return {prompt.row: prompt.text for prompt in self.prompts()}
         if head_of(self.data.task) is None:
