@@ -6,7 +6,7 @@ Each configuration trains three or four optimizer steps in a process of its own,
 included, on rows of words that this script draws. Measured is the most that the process has held at once, as the kernel
 counts it (VmHWM of /proc/self/status: resident pages, those of mapped files among them). The prediction is made in
 another process that never loads the weights. The constants of `luthier/engine/memory.py` (PROCESS_BYTES and HEAP_SLACK)
-were fitted on the configurations of `FITTED` alone; the table's claim is about the others.
+were set by hand, on early runs and at last on the configurations of `FITTED`; the table's claim is about the others.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "Measured is the most that a run's process held at once (VmHWM: resident pages, those of mapped files among",
         "them), Python, its libraries, checkpoints and the result's files included, over three or four steps.",
-        "Predicted is what `luthier plan` says before any weight is read. Two constants were fitted on the rows marked",
-        f"so, and on nothing else. Over the others the prediction errs by at most {abs(worst['error']):.1%}",
-        f"({worst['name']}).",
+        "Predicted is what `luthier plan` says before any weight is read. Two of its constants were set by hand, on",
+        "early runs of lora, full and qlora and at last on the rows marked so. Over the others the prediction errs by",
+        f"at most {abs(worst['error']):.1%} ({worst['name']}).",
         "",
         "That gradients fill the holes of the heap was added to the model after `full, batch of 3, long rows` had come",
         "out at +17.6%; `full, batch of 5` and `full, batch of 14` were chosen and measured after that. One",

@@ -19,7 +19,7 @@ from luthier.errors import RecipeError, nearest
 from luthier.methods.config import MethodConfig
 from luthier.strict import Strict
 from luthier.tasks.config import TaskConfig
-from luthier.types import OptimizerName, TrainSpec
+from luthier.types import LEAST_MICRO_BATCH_TOKENS, OptimizerName, TrainSpec
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -70,7 +70,7 @@ class TrainConfig(Strict):
     """Stop after this many optimizer steps, whatever `epochs` says."""
     batch_size: int = Field(default=16, ge=1)
     """Examples in one optimizer step, however it is split for memory."""
-    micro_batch_tokens: int | None = Field(default=None, ge=16)
+    micro_batch_tokens: int | None = Field(default=None, ge=LEAST_MICRO_BATCH_TOKENS)
     """Most tokens in one forward of this job; null lets the memory prediction choose."""
     optimizer: OptimizerName = "adamw"
     """adamw; with its moments in 8 bits; paged to the host when a GPU's memory is short; or both (luthier[qlora])."""

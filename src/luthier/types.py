@@ -19,6 +19,11 @@ Objective = Literal["language_modelling", "sequence_head", "token_head"]
 HeadKind = Literal["sequence", "token"]
 """What a head says a class of: a whole sequence, or single tokens."""
 
+HEAD_NOUNS: dict[HeadKind, str] = {"sequence": "classes", "token": "tags"}
+
+LEAST_MICRO_BATCH_TOKENS = 16
+"""A micro-batch is never asked to be smaller."""
+
 NO_CLASS = -1
 """`Example.class_index` of an example that has no class."""
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from luthier.base.load import Base, load_base
@@ -55,7 +57,6 @@ PACKED: dict[str, dict[str, Any]] = {
 }
 PADDED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "called 0 times for 2 layers"),
-    "gptj": (GPT, "called 0 times for 2 layers"),
     "roberta": ({"is_decoder": True}, "differ from separate ones"),
     "gemma2": (
         WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8}
@@ -65,6 +66,10 @@ PADDED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt_oss": (WINDOW | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "s_aux"),
     "stablelm": ({}, "packed forward fails"),
 }  # fmt: skip
+if Version(transformers.__version__) >= Version("5.24"):  # since then its attention can be replaced
+    PACKED["gptj"] = GPT
+else:
+    PADDED["gptj"] = (GPT, "called 0 times for 2 layers")
 NOT_PLAIN = {"granite", "cohere", "cohere2", "gemma2", "bert", "roberta"}
 FLOAT32 = {"gemma2", "gpt_oss"}  # transformers computes nonsense, or nothing, for these in float64
 

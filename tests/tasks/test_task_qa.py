@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from task_checks import check_exchange
 from tiny_templates import write_family
 
 from luthier.data.rows import RowError
@@ -22,17 +23,9 @@ ROW = {"context": "The capital of France is Paris.", "question": "What is the ca
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "mistral"])
 def test_the_question_is_the_prompt_and_the_answer_carries_loss(family: str, tmp_path: Path) -> None:
-    renderer = Renderer.load(write_family(tmp_path, family))
-    record = TASK.parse(ROW)
-    (example,) = TASK.examples(record, renderer, 2048, row=2)
-    (prompt,) = TASK.prompts(record, renderer, row=2)
-    size = len(prompt.tokens)
-    assert example.tokens[:size].tolist() == prompt.tokens.tolist()
-    assert not example.weights[:size].any()
-    assert "Paris" in renderer.decode(example.tokens[size:][example.weights[size:] > 0])
+    prompt = check_exchange(TASK, ROW, "Paris", family, tmp_path)
     assert prompt.text.index(ROW["context"]) < prompt.text.index(ROW["question"])
     assert prompt.reference == "Paris"
-    assert TASK.from_json(record.to_json()) == record
 
 
 def test_a_base_without_a_template_reads_plain_text(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from task_checks import check_exchange
 from tiny_templates import write_family
 
 from luthier.data.rows import RowError
@@ -26,16 +27,8 @@ REFERENCES += [["😀 ja!", "ja"], ["nothing shared", "so"], ["the cat", "the th
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "mistral"])
 def test_the_source_is_the_prompt_and_the_translation_carries_loss(family: str, tmp_path: Path) -> None:
-    renderer = Renderer.load(write_family(tmp_path, family))
-    record = TASK.parse(ROW)
-    (example,) = TASK.examples(record, renderer, 2048, row=2)
-    (prompt,) = TASK.prompts(record, renderer, row=2)
-    size = len(prompt.tokens)
-    assert example.tokens[:size].tolist() == prompt.tokens.tolist()
-    assert not example.weights[:size].any()
-    assert "Guten Morgen!" in renderer.decode(example.tokens[size:][example.weights[size:] > 0])
+    prompt = check_exchange(TASK, ROW, "Guten Morgen!", family, tmp_path)
     assert "Translate from English to German:\n\nGood morning!" in prompt.text
-    assert TASK.from_json(record.to_json()) == record
 
 
 def test_languages_come_from_the_row_or_the_recipe() -> None:

@@ -252,6 +252,21 @@ def test_an_adapter_to_go_on_from_leaves_no_room_for_another_start(tiny_llama: P
         luthier.train(second)
 
 
+def test_a_head_of_another_kind_is_not_gone_on_from(tiny_llama: Path, tmp_path: Path) -> None:
+    """Three classes and three tags are heads of one size."""
+    classified = [{"text": f"{word} {other}", "label": word} for word in WORDS[:3] for other in WORDS[3:]]
+    tagged = [{"tokens": ["in", word], "tags": ["O", "B-place"]} for word in WORDS]
+    recipes = []
+    for task, rows in (("classification", classified), ("tagging", tagged)):
+        data = tmp_path / f"{task}-rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipes.append(recipe_for(tiny_llama, tmp_path, task, task=task, train={"max_steps": 1}))
+        recipes[-1]["data"] = {"train": str(data)}
+    first = luthier.train(recipes[0])
+    with pytest.raises(RecipeError, match="3 classes"):
+        luthier.train(recipes[1] | {"start_from": str(first.folder)})
+
+
 def test_an_adapter_of_pefts_own_is_imported_continued_and_chatted_with(tiny_llama: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -33,23 +33,45 @@ class Outline:
     is_tied: bool = False
 
 
+def read_config(folder: Path) -> Any:
+    """The base's config as transformers reads it.
+
+    Raises:
+        ModelError: when config.json describes no causal language model that transformers knows.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _undescribed(folder, error) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _undescribed(folder, f"transformers has none of type {config.model_type}")
+    return config
+
+
+def _undescribed(folder: Path, why: object) -> ModelError:
+    return ModelError(
+        f"{folder} does not describe a causal language model: {why}",
+        "a folder with the config.json of an architecture that transformers knows",
+    )
+
+
 def without_weights(folder: Path) -> Any:
     """The architecture that the folder's config.json describes, on the meta device, which holds no values; tied.
 
     Raises:
         ModelError: when transformers makes no causal language model of it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{folder} does not describe a causal language model: {error}",
-            "a folder with the config.json of an architecture that transformers knows",
-        ) from error
+        raise _undescribed(folder, error) from error
     model.tie_weights()
     return model
 

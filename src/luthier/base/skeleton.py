@@ -12,33 +12,12 @@ from typing import Any
 import torch
 
 from luthier.base.load import torch_dtype
-from luthier.errors import ModelError
+from luthier.base.outline import read_config
 
 CUT_VOCABULARY = 1024
 """Rows of embedding and output layer in a skeleton with a cut vocabulary."""
 
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-
-
-def read_config(folder: Path) -> Any:
-    """The base's config as transformers reads it.
-
-    Raises:
-        ModelError: when config.json describes no causal language model that transformers knows.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} has no config.json that transformers reads: {error}", "a base's folder") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"{folder} does not describe a causal language model",
-            "a folder with the config.json of an architecture that transformers knows",
-        )
-    return config
 
 
 def skeleton(folder: Path, num_blocks: int, dtype: str | torch.dtype, *, keeps_vocabulary: bool) -> Any:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from luthier.cli.console import out, print_json, quiet_libraries
 from luthier.cli.progress import choose_progress
+from luthier.worker.progress import gib
 
 if TYPE_CHECKING:
     from luthier.worker.plan import RecipePlan
@@ -70,10 +71,10 @@ def _print(plan: RecipePlan) -> None:
     sizes = facts["bytes"]
     table.add_column("while training", footer="peak")
     table.add_column("bytes", justify="right", footer=f"{sizes['training']:,}")
-    table.add_column("", justify="right", footer=_gib(sizes["training"]))
+    table.add_column("", justify="right", footer=gib(sizes["training"]))
     for name, label in _NAMES.items():
         if sizes[name] or name in ("gradients", "optimizer", "activations"):
-            table.add_row(label, f"{sizes[name]:,}", _gib(sizes[name]))
+            table.add_row(label, f"{sizes[name]:,}", gib(sizes[name]))
     console = out()
     console.print(table)
     console.print(Text("\n".join(_sentences(plan))), soft_wrap=True)
@@ -90,10 +91,10 @@ def _sentences(plan: RecipePlan) -> list[str]:
         lines.append("Activations are computed again in the backward.")
     other = {"loading the base": plan.loading, "judging": plan.judging}
     lines += [
-        f"The peak is {_gib(size)} while {name}." for name, size in other.items() if size == plan.peak > memory.peak
+        f"The peak is {gib(size)} while {name}." for name, size in other.items() if size == plan.peak > memory.peak
     ]
     most = plan.largest_micro_batch_tokens
-    room = f"{_gib(plan.capacity)} are there for it"
+    room = f"{gib(plan.capacity)} are there for it"
     if plan.fits:
         lines.append(f"It fits: {room}. The largest micro-batch that would fit holds {most:,} tokens.")
     elif most > 0:
@@ -101,7 +102,3 @@ def _sentences(plan: RecipePlan) -> list[str]:
     else:
         lines.append(f"It does not fit: {room}. Try method: qlora, a lower rank, or train.optimizer: adamw_8bit.")
     return lines
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

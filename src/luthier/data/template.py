@@ -188,6 +188,10 @@ class Renderer:
         full = self._tokenizer.encode("a", add_special_tokens=True).ids
         return int(full[0]) if len(full) > len(bare) and full[: len(bare)] != bare else None
 
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """The ids behind `bos_id`, where this tokenizer puts one; it never stands twice."""
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
     @property
     def eos_id(self) -> int | None:
         """The token that ends a text, or None where the base names none."""

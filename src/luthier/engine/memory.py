@@ -23,7 +23,7 @@ from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, Segment, pack
 from luthier.engine.slot import Slot
 from luthier.objectives.language_modelling import CHUNK_BYTES, GPU_CHUNK_ROWS
-from luthier.types import Example
+from luthier.types import LEAST_MICRO_BATCH_TOKENS, Example
 
 PROBE_TOKENS = 64
 
@@ -37,8 +37,6 @@ sizes leave in the heap. `benchmarks/plan.py` fits both."""
 
 MARGIN = 0.8
 """Share of the free memory that a run may plan to take."""
-
-LEAST_MICRO_BATCH_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)

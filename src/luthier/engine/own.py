@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from luthier.engine.bank import Bank
 from luthier.engine.optimizer import StepHooks
 from luthier.engine.pack import Segment
-from luthier.types import ExclusiveSpec
+from luthier.types import HEAD_NOUNS, ExclusiveSpec
 
 OWN_SLOT = 0
 """Index of the one slot; sequences with `BASE_SLOT` run through the base as it was, where that is still there."""
@@ -80,8 +80,8 @@ class OwnSlot:
         of = f" of peft's {self.spec.peft_type.lower()}" if self.spec.peft_type else ""
         parts = [f"{len(self.live)} tensors{of}"]
         parts += ["float32 masters"] if any(self.trained[n] is not p for n, p in self.live.items()) else []
-        what = "tags" if self.spec.head == "token" else "classes"
-        parts += [f"a head of {self.spec.num_classes} {what}"] if self.head is not None else []
+        head = f"a head of {self.spec.num_classes} {HEAD_NOUNS[self.spec.head]}"
+        parts += [head] if self.head is not None else []
         return parts
 
     @property

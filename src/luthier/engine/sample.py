@@ -49,6 +49,9 @@ from luthier.types import Example
 
 __all__ = ["Completion", "Request", "Sampler", "SamplingError", "SamplingParams", "TokenEvent", "TokenLogprob"]
 
+MAX_ROWS = 64
+"""Requests answered at a time, unless the caller says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Feed:
@@ -78,7 +81,13 @@ class Sampler:
     """
 
     def __init__(
-        self, base: Base, decode: Decode, max_rows: int = 64, max_prefill_tokens: int = 4096, *, remembers: bool = False
+        self,
+        base: Base,
+        decode: Decode,
+        max_rows: int = MAX_ROWS,
+        max_prefill_tokens: int = 4096,
+        *,
+        remembers: bool = False,
     ) -> None:
         if max_rows < 1 or max_prefill_tokens < 1:
             raise ValueError("max_rows and max_prefill_tokens are at least 1")

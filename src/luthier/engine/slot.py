@@ -14,7 +14,7 @@ from luthier.engine.flat import FlatFactors
 from luthier.engine.optimizer import StepHooks
 from luthier.methods.method import LayerAdapter, check_fits, copy_in
 from luthier.methods.registry import METHODS
-from luthier.types import AdapterSpec
+from luthier.types import HEAD_NOUNS, AdapterSpec
 
 
 @dataclass(slots=True)
@@ -123,8 +123,8 @@ class Slot:
         parts = [f"{len(self.adapters)} linear layers" + (f", {size}" if size else "")] if self.adapters else []
         parts += [f"{name} in full" for name in self.saved_modules]
         parts += [f"{len(self.token_rows.ids_K)} tokens"] if self.token_rows is not None else []
-        what = "tags" if self.spec.head == "token" else "classes"
-        parts += [f"a head of {self.spec.num_classes} {what}"] if self.head is not None else []
+        head = f"a head of {self.spec.num_classes} {HEAD_NOUNS[self.spec.head]}"
+        parts += [head] if self.head is not None else []
         return parts
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ class Sequences:
 
     Attributes:
         lengths: Tokens of each sequence.
-        offsets_N1: int32, their bounds, on the device.
+        offsets_N1: int32, their bounds, on the device; of no meaning with `members`.
         longest: Most tokens of one, or more.
         is_even: Whether all have `longest` tokens, as cuDNN's kernel needs.
         members: Which rows each has, where some have rows in common (on a CPU alone); None where they stand one after

@@ -34,9 +34,10 @@ def sequence(
     if renderer.can_chat:
         (found,) = renderer.chat_examples(messages([(question, answer)], system))
         return found
-    ids = _opening(question, renderer, system)
     text = _as_text(question, system)
-    reply = [*renderer.continuation(text, renderer.encode(text), answer), renderer.require_eos_id()]
+    encoded = renderer.encode(text)
+    ids = renderer.with_bos(encoded)
+    reply = [*renderer.continuation(text, encoded, answer), renderer.require_eos_id()]
     tokens = np.asarray([*ids, *reply], dtype=np.int32)
     weights = np.zeros(tokens.shape, dtype=np.float32)
     weights[len(ids) :] = 1.0
@@ -65,7 +66,7 @@ def prompt(
         ids = renderer.encode_rendered(text)
     else:
         text = _as_text("".join(f"{q}{SEPARATOR}{a}{SEPARATOR}" for q, a in shots) + question, system)
-        ids = _with_bos(renderer.encode(text), renderer)
+        ids = renderer.with_bos(renderer.encode(text))
     return Prompt(np.asarray(ids, dtype=np.int32), reference, text, row, tuple(choices))
 
 
@@ -77,13 +78,5 @@ def messages(pairs: Sequence[Pair], system: str | None) -> list[dict[str, Any]]:
     return turns
 
 
-def _opening(question: str, renderer: Renderer, system: str | None) -> list[int]:
-    return _with_bos(renderer.encode(_as_text(question, system)), renderer)
-
-
 def _as_text(question: str, system: str | None) -> str:
     return (f"{system}{SEPARATOR}" if system else "") + question + SEPARATOR
-
-
-def _with_bos(ids: list[int], renderer: Renderer) -> list[int]:
-    return ids if renderer.bos_id is None or ids[:1] == [renderer.bos_id] else [renderer.bos_id, *ids]

@@ -87,9 +87,7 @@ class ChatSession:
             seed: Repeats the same draws at temperature > 0; None is 0.
         """
         if self.is_completion:
-            tokens = self.renderer.encode(str(messages[-1]["content"]))
-            if self.renderer.bos_id is not None and tokens[:1] != [self.renderer.bos_id]:
-                tokens = [self.renderer.bos_id, *tokens]
+            tokens = self.renderer.with_bos(self.renderer.encode(str(messages[-1]["content"])))
         else:
             tokens = self.renderer.chat_prompt(messages, tools)
         params = SamplingParams(

@@ -14,7 +14,7 @@ from luthier.recipe import Recipe
 from luthier.worker.child_process import ChildProcess
 from luthier.worker.killed import mark_killed
 from luthier.worker.messages import PROGRESS_VERBS, error_of, relay
-from luthier.worker.progress import Progress
+from luthier.worker.progress import Progress, gib
 from luthier.worker.result import RunResult
 from luthier.worker.run_folder import RunFolder
 
@@ -105,8 +105,8 @@ class Children:
                 if recipe.output not in self._told_to_wait:
                     self._told_to_wait.add(recipe.output)
                     self.progress.note(
-                        f"{recipe.output} waits until others are done: it needs about {_gib(need)}, and {_gib(free)} "
-                        "are free beside them"
+                        f"{recipe.output} waits until others are done: it needs about {gib(need)}, and "
+                        f"{gib(max(0, free))} are free beside them"
                     )
                 return
             self.waiting.popleft()
@@ -160,7 +160,3 @@ class Children:
         folder = RunFolder(path)
         if folder.has_state:
             mark_killed(folder, problem)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{max(0, num_bytes) / 2**30:.2f} GiB"

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import LuthierError
+from luthier.types import LEAST_MICRO_BATCH_TOKENS
 from luthier.worker.run_folder import RunFolder
 
 NOTE = "training"
 """Of state.json: the note."""
-
-LEAST_TOKENS = 16
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _COUNTERS = Path("/proc/vmstat")
@@ -56,7 +55,7 @@ def tokens_after_kill(folder: RunFolder) -> tuple[int | None, str]:
     if None not in before and before == now:
         return None, f"{folder.path} was killed, and not for want of memory: it goes on as it was"
     is_sure = None not in (*before, *now) and before[0] == now[0]
-    tokens = max(LEAST_TOKENS, int(note["forward_tokens"]) // 2)
+    tokens = max(LEAST_MICRO_BATCH_TOKENS, int(note["forward_tokens"]) // 2)
     return tokens, (
         f"{folder.path} was killed{', for want of memory' if is_sure else ', perhaps for want of memory'}: "
         f"it goes on with at most {tokens:,} tokens in a forward, half as many as before, and the same optimizer batch"

@@ -9,7 +9,7 @@ from luthier.engine.engine import Engine
 from luthier.engine.memory import MemoryPlan, fit_micro_batches, plan_memory, recompute_few
 from luthier.errors import MemoryShortError
 from luthier.worker.killed import note_training, tokens_after_kill
-from luthier.worker.progress import Progress
+from luthier.worker.progress import Progress, gib
 from luthier.worker.run import Run
 
 
@@ -94,8 +94,3 @@ def _rows(plan: MemoryPlan, base: Base) -> list[tuple[str, str]]:
 def _held(base: Base) -> str:
     dtype = str(base.dtype).removeprefix("torch.")
     return f"{base.quantization.upper()} ({dtype} besides)" if base.quantization else dtype
-
-
-def gib(num_bytes: int) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / 2**30:.2f} GiB"

@@ -15,11 +15,12 @@ import torch
 from luthier.base.fetch import tokenizer_folder
 from luthier.base.folder import weight_files
 from luthier.base.load import torch_dtype
-from luthier.base.skeleton import read_config
+from luthier.base.outline import read_config
 from luthier.data.check import train_files
 from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.memory import available_bytes
+from luthier.engine.sample import MAX_ROWS
 from luthier.errors import LuthierError, ModelError, RecipeError
 from luthier.recipe import Recipe
 from luthier.tasks.registry import head_of
@@ -33,9 +34,6 @@ CONTEXT_BYTES = 600 * 10**6
 
 MOST_DATA_BYTES = 64 * 2**20
 """An admission reads data files up to this size; past it, it counts on the longest examples."""
-
-SAMPLED_ROWS = 64
-"""Replies that are generated at a time, as `engine.sample.Sampler` has it."""
 
 _SIZES = {"gb": 10**9, "gib": 2**30, "g": 10**9, "mb": 10**6, "mib": 2**20}
 
@@ -214,7 +212,7 @@ def _reply_bytes(recipe: Recipe, placement: Placement, data: PreparedData | None
     if data is None or data.validation is None or not (recipe.evaluation.generate and data.task.generates):
         return 0
     asked = [n for n in (recipe.evaluation.rows, recipe.evaluation.generate_rows) if n is not None]
-    rows = min([SAMPLED_ROWS, len(data.validation), *asked])
+    rows = min([MAX_ROWS, len(data.validation), *asked])
     longest = int(data.validation.num_tokens.max())
     positions = longest + min(recipe.evaluation.max_new_tokens, int((ROOM_FOR_REPLY - 1) * longest) + EXTRA_TOKENS)
     config = read_config(placement.folder).get_text_config()

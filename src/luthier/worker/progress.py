@@ -11,6 +11,11 @@ from typing import Literal, Protocol
 Level = Literal["info", "warning"]
 
 
+def gib(num_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
 class Progress(Protocol):
     """Hears of a run as it happens. No verb may raise, block, or change the run.
 

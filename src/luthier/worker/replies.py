@@ -189,9 +189,7 @@ def _prompt(request: SampleRequest, renderer: Renderer) -> list[int]:
                 raise SamplingError("this base has no chat template", fix="use /v1/completions")
             return renderer.chat_prompt(parse_messages(request.messages), request.tools)
         if isinstance(request.prompt, str):
-            tokens = renderer.encode(request.prompt)
-            needs_bos = renderer.bos_id is not None and tokens[:1] != [renderer.bos_id]
-            return [renderer.bos_id, *tokens] if needs_bos else tokens  # type: ignore[list-item]
+            return renderer.with_bos(renderer.encode(request.prompt))
         return list(request.prompt or [])
     except RowError as error:
         raise SamplingError(f"{error.field}: {error.found}" if error.field else error.found, error.expected) from None

@@ -15,7 +15,7 @@ from luthier.engine.slot import Slot
 from luthier.errors import RecipeError
 from luthier.methods.peft.layer import PeftBase
 from luthier.methods.registry import METHODS
-from luthier.types import AdapterSpec
+from luthier.types import HEAD_NOUNS, AdapterSpec
 from luthier.worker.progress import Progress
 
 
@@ -68,7 +68,8 @@ def _adapter_folder(start: str) -> Path:
 def _fit(spec: AdapterSpec) -> str:
     """What an adapter must have in common with the recipe that goes on from it."""
     size = METHODS[spec.method].describe(replace(spec, lora_plus_ratio=1.0))  # how it learns may change
-    return ", ".join(part for part in (spec.method, size, f"{spec.num_classes or 'no'} classes") if part)
+    head = f"{spec.num_classes or 'no'} {HEAD_NOUNS[spec.head]}"
+    return ", ".join(part for part in (spec.method, size, head) if part)
 
 
 def _check_extras(bank: Bank, start: str, slot: Slot, spec: AdapterSpec) -> None:

@@ -120,9 +120,7 @@ class ClassificationTask:
         self, record: LabelledText, renderer: Renderer, max_length: int, truncation: Truncation
     ) -> NDArray[np.int32] | None:
         """The text's tokens, or None where it is left out for its length."""
-        bos = [] if renderer.bos_id is None else [renderer.bos_id]
-        ids = renderer.encode(record.text)
-        ids = _strip_padding(ids if ids[:1] == bos and bos else bos + ids, renderer.pad_id)
+        ids = _strip_padding(renderer.with_bos(renderer.encode(record.text)), renderer.pad_id)
         if len(ids) > max_length and truncation == "error":
             raise too_long(len(ids), max_length)
         if len(ids) > max_length and truncation == "drop":
@@ -131,7 +129,7 @@ class ClassificationTask:
         weights = np.zeros(tokens.shape, dtype=np.float32)
         tokens, _ = cut_to(tokens, weights, renderer.bos_id, max_length, truncation)
         tokens = np.asarray(_strip_padding(tokens.tolist(), renderer.pad_id), dtype=np.int32)
-        if len(tokens) <= len(bos):
+        if len(tokens) <= int(renderer.bos_id is not None):
             raise RowError("text", f"{preview(record.text)} has no tokens of its own", "some text", kind="empty")
         return tokens
 

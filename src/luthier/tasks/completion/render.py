@@ -49,13 +49,12 @@ class CompletionTask(WithoutClasses, Writes):
         self, record: Completion, renderer: Renderer, max_length: int, truncation: Truncation = "end", row: int = 0
     ) -> list[Example]:
         """One example; the completion and its EOS carry loss, and the prompt too if `train_on_prompt`."""
-        bos = [] if renderer.bos_id is None else [renderer.bos_id]
         prompt_ids = renderer.encode(record.prompt)
         reply_ids = renderer.continuation(record.prompt, prompt_ids, record.completion)
         eos_id = renderer.require_eos_id()
         if reply_ids[-1:] != [eos_id]:
             reply_ids = [*reply_ids, eos_id]
-        context = bos + (prompt_ids[1:] if bos == prompt_ids[:1] else prompt_ids)
+        context = renderer.with_bos(prompt_ids)
         tokens = np.asarray(context + reply_ids, dtype=np.int32)
         weights = np.ones(tokens.shape, dtype=np.float32)
         if not self.config.train_on_prompt:
@@ -68,9 +67,7 @@ class CompletionTask(WithoutClasses, Writes):
     ) -> list[Prompt]:
         """The prompt; `shots` stand in front as whole texts, a blank line after each."""
         text = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in shots) + record.prompt
-        ids = renderer.encode(text)
-        if renderer.bos_id is not None and ids[:1] != [renderer.bos_id]:
-            ids = [renderer.bos_id, *ids]
+        ids = renderer.with_bos(renderer.encode(text))
         return [Prompt(np.asarray(ids, dtype=np.int32), record.completion, text, row)]
 
     def present(self, record: Completion, prediction: str) -> dict[str, Any]:

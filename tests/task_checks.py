@@ -1,0 +1,26 @@
+"""What every task that writes has in common, asserted in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tiny_templates import write_family
+
+from luthier.data.template import Renderer
+from luthier.tasks.task import Task
+from luthier.types import Prompt
+
+
+def check_exchange(task: Task, row: dict[str, Any], answer: str, family: str, folder: Path) -> Prompt:
+    """The prompt is the example's beginning, without loss; the answer carries it; the record survives its JSON."""
+    renderer = Renderer.load(write_family(folder, family))
+    record = task.parse(row)
+    (example,) = task.examples(record, renderer, 2048, row=2)
+    (prompt,) = task.prompts(record, renderer, row=2)
+    size = len(prompt.tokens)
+    assert example.tokens[:size].tolist() == prompt.tokens.tolist()
+    assert not example.weights[:size].any()
+    assert answer in renderer.decode(example.tokens[size:][example.weights[size:] > 0])
+    assert task.from_json(record.to_json()) == record
+    return prompt
