@@ -2,9 +2,10 @@
 
     python benchmarks/service_load.py --base smollm2-135m-instruct --seconds 120 [--database postgresql+psycopg://...]
 
-Prints chat's time to first token and time per output token, idle and while jobs train; trained tokens a second, alone
-and beside the chats; Jain's index of trained tokens between the tenants while all have work; and errors. API and worker
-are processes of their own, as `luthier serve --no-workers` and `luthier worker`.
+Prints jobs an hour, all created at once beside the same jobs one after another; chat's time to first token and time per
+output token, idle and while jobs train; trained tokens a second, alone and beside the chats; Jain's index of trained
+tokens between the tenants while all have work; and errors. API and worker are processes of their own, as `luthier serve
+--no-workers` and `luthier worker`.
 """
 
 from __future__ import annotations
@@ -154,6 +155,42 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
         log.close()
 
 
+def shares(clients: list[openai.OpenAI], jobs_of_largest: int) -> list[tuple[openai.OpenAI, int]]:
+    """Whose jobs there are, with a seed for each: many of the first tenant's, one or two of the others'."""
+    counts = [jobs_of_largest if n == 0 else 1 + n % 2 for n in range(len(clients))]
+    return [(client, seed) for client, count in zip(clients, counts, strict=True) for seed in range(count)]
+
+
+def create(client: openai.OpenAI, base: str, seed: int, own: dict[str, Any]) -> tuple[openai.OpenAI, str]:
+    file = client.files.create(file=("t.jsonl", rows(64, seed)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model=base, training_file=file.id, extra_body={"luthier": own})
+    return client, job.id
+
+
+def wait(client: openai.OpenAI, job: str) -> None:
+    while (status := client.fine_tuning.jobs.retrieve(job).status) != "succeeded":
+        if status in ("failed", "cancelled"):
+            raise SystemExit(f"{job} {status}")
+        time.sleep(0.25)
+
+
+def throughput(clients: list[openai.OpenAI], base: str, jobs_of_largest: int) -> dict[str, float]:
+    """Jobs an hour, from the first create to the last end, of one epoch each; a job's uploads included."""
+    own = {"train": {"epochs": 1.0, "batch_size": 4}, "method": {"type": "lora", "rank": 8}}
+    asked = shares(clients, jobs_of_largest)
+    found: dict[str, float] = {"jobs": len(asked)}
+    started = time.perf_counter()
+    for client, job in [create(client, base, seed, own) for client, seed in asked]:
+        wait(client, job)
+    found["together"] = round(3600 * len(asked) / (time.perf_counter() - started), 1)
+    started = time.perf_counter()
+    for client, seed in asked:
+        wait(*create(client, base, seed, own))
+    found["in_turn"] = round(3600 * len(asked) / (time.perf_counter() - started), 1)
+    found["ratio"] = round(found["together"] / found["in_turn"], 2)
+    return found
+
+
 def report(url: str, key: str, arguments: argparse.Namespace) -> None:
     admin = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=3)
     base = arguments.base.partition("=")[0]
@@ -165,22 +202,16 @@ def report(url: str, key: str, arguments: argparse.Namespace) -> None:
         )
         keys.append(made.json()["key"])
     admin.chat.completions.create(model=base, messages=[{"role": "user", "content": "Hello"}], max_tokens=2)
+    clients = [openai.OpenAI(base_url=f"{url}/v1", api_key=tenant_key) for tenant_key in keys]
+    print(json.dumps({"jobs_an_hour": throughput(clients, base, arguments.jobs)}), flush=True)
     chats = Chats(url, keys[:NUM_CLIENTS], base)
     time.sleep(arguments.seconds)
     chats.stop()
     print(json.dumps({"idle": chats.summary()}), flush=True)
     # So long that all have work for as long as is measured.
     own = {"train": {"epochs": 200.0, "checkpoint_every": 10_000}, "method": {"type": "lora", "rank": 8}}
-    for n, tenant_key in enumerate(keys):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key=tenant_key)
-        for seed in range(arguments.jobs if n == 0 else 1 + n % 2):
-            file = client.files.create(file=("t.jsonl", rows(64, seed)), purpose="fine-tune")
-            client.fine_tuning.jobs.create(model=base, training_file=file.id, extra_body={"luthier": own})
-    while any(
-        job.status != "running"
-        for tenant_key in keys
-        for job in openai.OpenAI(base_url=f"{url}/v1", api_key=tenant_key).fine_tuning.jobs.list(limit=100)
-    ):
+    started = [create(client, base, seed, own) for client, seed in shares(clients, arguments.jobs)]
+    while any(client.fine_tuning.jobs.retrieve(job).status != "running" for client, job in started):
         time.sleep(1.0)
     alone, gained_alone = measure(admin, arguments.seconds)
     chats = Chats(url, keys[:NUM_CLIENTS], base)

@@ -156,7 +156,7 @@ def test_a_classifier_predicts_and_does_not_chat(client: openai.OpenAI) -> None:
     content = "\n".join(map(json.dumps, rows)).encode()
     file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
     own = {"task": "classification", "train": {"epochs": 20.0, "learning_rate": 3e-3}}
-    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, seed=1, extra_body={"luthier": own})
     done = wait_for(job.id, client)
     assert done.status == "succeeded", done.error
     body = {"model": done.fine_tuned_model, "input": ["red lamp", "blue lamp"]}
@@ -174,7 +174,7 @@ def test_a_tuned_model_answers_as_it_was_tuned(client: openai.OpenAI) -> None:
     content = "\n".join(map(json.dumps, rows)).encode()
     file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
     own = {"train": {"epochs": 25.0, "learning_rate": 5e-3, "batch_size": 4, "checkpoint_every": 20}}
-    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, seed=1, extra_body={"luthier": own})
     done = wait_for(job.id, client)
     assert done.status == "succeeded", done.error
     answer = client.chat.completions.create(model=str(done.fine_tuned_model), messages=ASK, temperature=0, max_tokens=8)
