@@ -14,18 +14,16 @@ from luthier.data.prepare import PreparedData
 from luthier.data.store import ExampleStore, RecordStore
 from luthier.data.template import Renderer
 from luthier.engine.choices import OneOf
-from luthier.engine.pack import BASE_SLOT, PackItem, pack
+from luthier.engine.pack import BASE_SLOT
 from luthier.engine.sample import Request, Sampler, SamplingParams
-from luthier.engine.step import SequenceReport, score
+from luthier.engine.scoring import SCORE_TOKENS, score_examples
+from luthier.engine.step import SequenceReport
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.tasks.registry import head_of
 from luthier.tasks.task import Marks, Probabilities
 from luthier.types import Example, Prompt
 from luthier.worker.budget import JudgingBudget, spread_rows
 from luthier.worker.progress import Progress, SilentProgress
-
-SCORE_TOKENS = 4096
-"""Tokens in one forward while scoring."""
 
 ROOM_FOR_REPLY = 1.25
 """A reply may be this much longer than the longest reference judged, and `EXTRA_TOKENS`; past that it is wrong."""
@@ -216,30 +214,6 @@ def write_replies(
 def examples_of_rows(store: ExampleStore, rows: set[int]) -> list[Example]:
     """The examples that the given records became, in order."""
     return [store[int(i)] for i in np.flatnonzero(np.isin(store.rows, list(rows)))]
-
-
-def score_examples(
-    base: Base,
-    examples: Sequence[Example],
-    slot: int,
-    on_done: Callable[[int], None] = lambda done: None,
-    max_tokens: int = SCORE_TOKENS,
-) -> list[SequenceReport]:
-    """Forward-only scores of each example, in order; similar lengths run together where the base pads."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
-    reports: list[SequenceReport | None] = [None] * len(examples)
-    start = 0
-    while start < len(order):
-        end, tokens = start, 0
-        while end < len(order) and (end == start or tokens + examples[order[end]].num_tokens <= max_tokens):
-            tokens += examples[order[end]].num_tokens
-            end += 1
-        batch = pack([PackItem(examples[i], slot) for i in order[start:end]], base.device)
-        for i, report in zip(order[start:end], score(base, batch), strict=True):
-            reports[i] = report
-        start = end
-        on_done(end)
-    return [report for report in reports if report is not None]
 
 
 def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob, total_steps
 from luthier.engine.own import OwnSlot
+from luthier.engine.scoring import SCORE_TOKENS
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError
 from luthier.evaluate.card import write_card
@@ -33,7 +34,6 @@ from luthier.files import atomic_folder
 from luthier.methods.config import exclusive_spec
 from luthier.recipe import Recipe
 from luthier.types import ExclusiveSpec
-from luthier.worker.judge import SCORE_TOKENS
 from luthier.worker.judging import Best, Judging, counted
 from luthier.worker.loading import adapter_spec, head_fields, prepare_data, public_name
 from luthier.worker.progress import Progress
