@@ -19,6 +19,7 @@ from luthier.engine.sample import Request, Sampler, SamplingParams
 from luthier.engine.scoring import SCORE_TOKENS, score_examples
 from luthier.engine.step import SequenceReport
 from luthier.evaluate.metrics import RowScore, evaluation
+from luthier.tasks.preference.metrics import pair_ratios
 from luthier.tasks.registry import head_of
 from luthier.tasks.task import Marks, Probabilities
 from luthier.types import Example, Prompt
@@ -217,7 +218,12 @@ def examples_of_rows(store: ExampleStore, rows: set[int]) -> list[Example]:
 
 
 def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
-    """Loss and token accuracy over all the sequences, as metrics.jsonl keeps them."""
+    """Loss and token accuracy over all the sequences, or what there is of pairs, as metrics.jsonl keeps them."""
+    pairs = [report.pair for report in reports if report.pair is not None]
+    if pairs:
+        found = [pair_ratios(pair.chosen_logprob, pair.rejected_logprob, pair.reward_margin) for pair in pairs]
+        means = {name: sum(ratios[name][0] for ratios in found) / len(found) for name in found[0]}
+        return {"loss": sum(report.nll_sum for report in reports) / len(pairs), **means}
     weight = sum(report.weight_sum for report in reports)
     loss = sum(report.nll_sum for report in reports) / weight
     correct = sum(report.num_correct for report in reports) / max(1, sum(report.num_targets for report in reports))
@@ -228,6 +234,9 @@ def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
 
 
 def _row_score(example: Example, report: SequenceReport) -> RowScore:
+    if (pair := report.pair) is not None:
+        ratios = pair_ratios(pair.chosen_logprob, pair.rejected_logprob, pair.reward_margin)
+        return RowScore(example.row, report.nll_sum, report.weight_sum, ratios=ratios)
     if report.probabilities_CK is None:
         return RowScore(example.row, report.nll_sum, report.weight_sum, report.num_correct, report.num_targets)
     score = RowScore(example.row, report.nll_sum, report.weight_sum)
