@@ -37,6 +37,18 @@ def chat_rows(num_rows: int, seed: int = 0) -> bytes:
     return ("\n".join(rows) + "\n").encode()
 
 
+def pair_rows(num_rows: int, seed: int = 0) -> bytes:
+    """A training file of preference pairs."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(num_rows):
+        words = draw.sample(WORDS, 3)
+        better, worse = ([{"role": "assistant", "content": text}] for text in (words[0], f"{words[2]} {words[1]}"))
+        asked = {"messages": [{"role": "user", "content": " ".join(words)}]}
+        rows.append(json.dumps({"input": asked, "preferred_output": better, "non_preferred_output": worse}))
+    return ("\n".join(rows) + "\n").encode()
+
+
 @dataclass
 class Service:
     """A running service.

@@ -6,6 +6,7 @@ runs without loading pydantic.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
-Objective = Literal["language_modelling", "sequence_head", "token_head"]
+Objective = Literal["language_modelling", "sequence_head", "token_head", "preference"]
 
 HeadKind = Literal["sequence", "token"]
 """What a head says a class of: a whole sequence, or single tokens."""
@@ -29,17 +30,37 @@ NO_CLASS = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One sequence as the engine trains on it.
+class Pair:
+    """What makes one loss of an example's two sides.
 
     Attributes:
-        tokens: int32 [length]. Token ids, BOS included where the model wants one.
+        rejected_at: Where the rejected side begins among the example's tokens; all before it is the chosen side.
+        beta: How strongly the loss holds the model to its reference.
+        label_smoothing: Share of the pairs that are taken to be labelled the wrong way round.
+        reference: log p(chosen) - log p(rejected), in nats, under the model that training starts from; NaN until it has
+            been computed.
+    """
+
+    rejected_at: int
+    beta: float
+    label_smoothing: float = 0.0
+    reference: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence as the engine trains on it, or the two sequences of a preference pair.
+
+    Attributes:
+        tokens: int32 [length]. Token ids, BOS included where the model wants one. Of a pair, the chosen side's and then
+            the rejected side's, each with the prompt.
         weights: float32 [length]. `weights[i]` is the loss weight of predicting `tokens[i]` from what stands before it
             (labels are unshifted; the engine shifts them in one place). `weights[0]` is always 0. All 0 for objectives
-            that do not model language.
+            that do not model language. Of a pair, 1 at the tokens whose probability counts.
         class_index: The target of the sequence head, or `NO_CLASS`.
         tags: int32 [length]. The token head's targets, `NO_CLASS` at tokens without one; None for other objectives.
         row: Index (from 0) of the source record in its dataset; several examples may share one.
+        pair: For preferences, what the loss of the two sides needs; None for other objectives.
     """
 
     tokens: NDArray[np.int32]
@@ -47,10 +68,18 @@ class Example:
     class_index: int = NO_CLASS
     row: int = 0
     tags: NDArray[np.int32] | None = None
+    pair: Pair | None = None
 
     @property
     def num_tokens(self) -> int:
         return int(self.tokens.shape[0])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each of its sequences: one, or the two sides of a pair."""
+        if self.pair is None:
+            return (self.num_tokens,)
+        return (self.pair.rejected_at, self.num_tokens - self.pair.rejected_at)
 
 
 class Examples(Protocol):

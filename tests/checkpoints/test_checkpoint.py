@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pairs import make_pairs, referenced
 from safetensors.torch import load_file
 
 from luthier.base.load import Base, load_base
@@ -40,6 +41,7 @@ SPECS = {
         rank=3, rank_stabilized=True, targets=("o_proj",), modules_to_save=("norm",), new_tokens=(320, 5, 9)
     ),
     "classes and tokens": AdapterSpec(rank=2, num_classes=3, new_tokens=(9, 5)),
+    "preference pairs": AdapterSpec(rank=5, alpha=10.0, dropout=0.1),
 }
 
 
@@ -56,7 +58,10 @@ def make_examples(num: int, spec: AdapterSpec) -> list[Example]:
 
 
 def make_job(base: Base, spec: AdapterSpec, train: TrainSpec = TRAIN) -> TrainingJob:
-    return TrainingJob("job", base.bank.add(spec, train.seed), make_examples(12, spec), train)
+    is_of_pairs = spec == SPECS["preference pairs"]
+    # The reference is asked anew each time, as a job does that is taken up elsewhere.
+    examples = referenced(base, make_pairs(12, 7)) if is_of_pairs else make_examples(12, spec)
+    return TrainingJob("job", base.bank.add(spec, train.seed), examples, train)
 
 
 def run(base: Base, job: TrainingJob, num_steps: int | None = None) -> list[float]:

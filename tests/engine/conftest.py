@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pairs import make_pairs, referenced
 from torch import Tensor
 
 from luthier.base.load import Base, load_base
@@ -84,8 +85,12 @@ KINDS = {
     6: AdapterSpec(method="ia3", targets="default"),
     7: AdapterSpec(rank=3, alpha=6.0, init="pissa", lora_plus_ratio=2.0),
     8: AdapterSpec(rank=3, alpha=6.0, targets=("o_proj", "down_proj"), num_classes=5, head="token"),
+    9: AdapterSpec(rank=4, alpha=8.0),
 }
 """Quite different slots: every method, with and without dropout, on all layers and on some, with each kind of head."""
+
+PREFERENCE = 9
+"""The job that learns from pairs."""
 
 UNDROPPED = [kind for kind, spec in KINDS.items() if spec.dropout == 0]
 """Together they take the fused path."""
@@ -106,6 +111,8 @@ def train_of(kind: int) -> TrainSpec:
         TrainSpec(epochs=2, batch_size=4, learning_rate=2e-2, weight_decay=0.1, seed=7),
         TrainSpec(epochs=1, batch_size=4, learning_rate=3e-3, seed=8),
         TrainSpec(epochs=2, batch_size=5, learning_rate=1e-2, micro_batch_tokens=64, weight_decay=0.1, seed=9),
+        # Gradients of pairs are differences, whose rounding Adam magnifies: a smaller rate keeps float32 within bounds.
+        TrainSpec(epochs=2, batch_size=4, learning_rate=1e-3, micro_batch_tokens=150, weight_decay=0.1, seed=10),
     ][kind]
 
 
@@ -114,6 +121,8 @@ def add_job(engine: Engine, kind: int, make_examples: Callable[..., list[Example
     spec = spec_of(kind)
     slot = engine.base.bank.add(spec, seed=kind)
     examples = make_examples(num, kind, classes=spec.num_classes or 0, head=spec.head)
+    if kind == PREFERENCE:
+        examples = referenced(engine.base, make_pairs(num, kind))
     job = TrainingJob(f"job-{kind}", slot, examples, train_of(kind))
     engine.add(job)
     return job

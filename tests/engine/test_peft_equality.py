@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import make_pairs, referenced
 from slots import stirred
 from tiny_models import ORIGINAL_MAX_POSITIONS
 from torch import Tensor
@@ -45,6 +46,8 @@ KINDS = {
     "dora": AdapterSpec(method="dora", rank=4, alpha=8.0),
     "dora classification": AdapterSpec(method="dora", rank=3, alpha=6.0, rank_stabilized=True, num_classes=4),
     "ia3": AdapterSpec(method="ia3", targets="default"),
+    "preference": LM,
+    "preference by dora": AdapterSpec(method="dora", rank=4, alpha=8.0),
 }
 
 
@@ -130,6 +133,30 @@ def tag_loss(model: Any, rows: list[Example]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
+def preference_loss(model: Any, rows: list[Example]) -> Tensor:
+    """DPO's loss with label smoothing, summed over the pairs; the reference is the model with its adapter off."""
+
+    def margin(pair: Example) -> Tensor:
+        sides, start = [], 0
+        for length in pair.lengths:
+            ids = torch.from_numpy(pair.tokens[start : start + length].astype(np.int64))
+            counts = torch.from_numpy(pair.weights[start : start + length] > 0)
+            logprobs = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            sides.append(logprobs[torch.arange(length - 1), ids[1:]][counts[1:]].sum())
+            start += length
+        return sides[0] - sides[1]
+
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        assert row.pair is not None
+        with torch.no_grad(), model.disable_adapter():
+            reference = margin(row)
+        reward = row.pair.beta * (margin(row) - reference)
+        smoothing = row.pair.label_smoothing
+        total = total - (1 - smoothing) * F.logsigmoid(reward) - smoothing * F.logsigmoid(-reward)
+    return total
+
+
 def usual_loop(
     model: Any, batches: Sequence[list[Example]], train: TrainSpec, lora_plus_ratio: float = 1.0
 ) -> tuple[list[float], list[float]]:
@@ -155,6 +182,8 @@ def usual_loop(
             compute, count = class_loss, len(batch)
         elif batch[0].tags is not None:
             compute, count = tag_loss, sum(int((row.tags >= 0).sum()) for row in batch if row.tags is not None)
+        elif batch[0].pair is not None:
+            compute, count = preference_loss, len(batch)
         total = 0.0
         for rows in micro_batches(batch):
             loss = compute(model, rows) / count
@@ -174,6 +203,8 @@ def train_both(
     base = load_base(folder, dtype=dtype)
     slot = base.bank.add(spec, seed=3)
     write_adapter(slot, base, tmp_path, base_name=str(folder), pad_token_id=PAD)
+    if examples[0].pair is not None:
+        examples = referenced(base, examples)
     job = TrainingJob("job", slot, examples, TRAIN)
     batches = [[examples[int(i)] for i in job.batch_indices(step)] for step in range(job.total_steps)]
     engine = Engine(base)
@@ -196,7 +227,10 @@ def test_the_loss_curve_and_the_adapter_equal_pefts(
 ) -> None:
     spec = KINDS[kind]
     examples = make_examples(22, 0, classes=spec.num_classes or 0, head=spec.head)
-    assert {example.num_tokens > ORIGINAL_MAX_POSITIONS for example in examples} == {True, False}
+    if kind.startswith("preference"):
+        examples = make_pairs(22, 0)
+    lengths = [length for example in examples for length in example.lengths]
+    assert {length > ORIGINAL_MAX_POSITIONS for length in lengths} == {True, False}
     job, reports, theirs, (losses, norms) = train_both(folder, spec, examples, dtype, tmp_path)
     loss_tolerance, adapter_tolerance = TOLERANCES[dtype]
     assert len(losses) == 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 import openai
@@ -14,7 +15,7 @@ from openai.types.completion import Completion
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import TypeAdapter
-from running import BASE, Service, chat_rows, wait_for
+from running import BASE, Service, chat_rows, pair_rows, wait_for
 
 SMALL = {"method": {"type": "lora", "rank": 2}, "train": {"checkpoint_every": 2}, "validation": 0.2}
 
@@ -194,7 +195,11 @@ def test_a_wrong_line_is_told_at_once(client: openai.OpenAI) -> None:
         ({"extra_body": {"luthier": {"train": {"epoch": 1}}}}, "luthier"),
         ({"extra_body": {"luthier": {"method": {"type": "lora", "rank": 0}}}}, "luthier"),
         ({"extra_body": {"lutier": {}}}, "lutier"),
-        ({"method": {"type": "dpo", "dpo": {}}}, "method.type"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.5}}}}, "method.dpo.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"gamma": 1}}}}, "method.dpo.hyperparameters.gamma"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
+        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.type"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
     ],
 )
@@ -203,6 +208,79 @@ def test_requests_that_do_not_hold(client: openai.OpenAI, values: dict[str, Any]
         create(client, **values)
     assert str(refused.value.param).startswith(param)
     assert refused.value.request_id
+
+
+def test_a_dpo_job_learns_preferences(client: openai.OpenAI, tuned: FineTuningJob) -> None:
+    """Alone, with our own fields beside it, and going on from a model that learnt to chat."""
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 2, "batch_size": 4}}}
+    file = upload(client, pair_rows(20))
+    for model in (BASE, str(tuned.fine_tuned_model)):
+        own = SMALL if model == BASE else {"validation": 0.2}
+        job = create(client, model=model, training_file=file.id, method=method, extra_body={"luthier": own})
+        strictly(FineTuningJob, job)
+        assert job.method is not None
+        assert job.method.type == "dpo"
+        assert job.method.supervised is None
+        assert job.method.dpo is not None
+        assert job.method.dpo.to_dict() == {
+            "hyperparameters": {"beta": 0.3, "n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.0}
+        }
+        assert job.to_dict()["luthier"]["spec"]["task"] == {
+            "type": "preference",
+            "beta": 0.3,
+            "label_smoothing": 0.0,
+            "system": None,
+        }
+        done = wait_for(job.id, client)
+        strictly(FineTuningJob, done)
+        assert done.status == "succeeded"
+        scores = done.to_dict()["luthier"]["evaluation"]["tuned"]
+        assert set(scores) == {"loss", "preference_accuracy", "ranking_accuracy", "reward_margin"}
+        events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+        for event in events:
+            strictly(FineTuningJobEvent, event)
+        first = min((e for e in events if e.type == "metrics"), key=lambda e: e.data["step"])  # type: ignore[index]
+        assert first.data["train_loss"] == pytest.approx(math.log(2), abs=1e-4)  # type: ignore[index]
+        for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id).data:
+            strictly(FineTuningJobCheckpoint, checkpoint)
+        asked: Any = [{"role": "user", "content": "red green blue"}]
+        answer = client.chat.completions.create(model=str(done.fine_tuned_model), messages=asked, max_tokens=2)
+        assert answer.choices[0].message.content is not None
+
+
+def test_auto_in_a_dpo_job_becomes_what_the_answer_says(client: openai.OpenAI) -> None:
+    file = upload(client, pair_rows(20))
+    job = create(client, training_file=file.id, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}})
+    assert job.method is not None
+    assert job.method.dpo is not None
+    assert job.method.dpo.to_dict()["hyperparameters"] == {
+        "beta": 0.1,
+        "n_epochs": 3,
+        "batch_size": 1,
+        "learning_rate_multiplier": 1.0,
+    }
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_pairs_and_conversations_are_never_taken_for_each_other(client: openai.OpenAI) -> None:
+    pairs, chats = upload(client, pair_rows(12)), upload(client, chat_rows(12))
+    dpo: Any = {"type": "dpo"}
+    for values in ({"training_file": pairs.id}, {"training_file": chats.id, "method": dpo}):
+        with pytest.raises(openai.BadRequestError, match="line 1") as refused:
+            create(client, **values)
+        assert (refused.value.code, refused.value.param) == ("invalid_training_file", "training_file")
+
+
+def test_a_pair_that_does_not_hold_is_named_by_its_line(client: openai.OpenAI) -> None:
+    lines = pair_rows(12).decode().splitlines()
+    row = json.loads(lines[6])
+    lines[6] = json.dumps({**row, "non_preferred_output": row["preferred_output"]})
+    lines[8] = json.dumps({name: value for name, value in row.items() if name != "preferred_output"})
+    file = upload(client, "\n".join(lines).encode())
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, training_file=file.id, method={"type": "dpo"})
+    assert "line 7 (field non_preferred_output): is the same reply" in refused.value.message
+    assert "line 9 (field preferred_output): is missing" in refused.value.message
 
 
 def test_permissions_let_another_tenant_chat(

@@ -8,7 +8,7 @@ import pytest
 
 from luthier.registry.problems import InvalidRequestError
 from luthier.service.bodies import JobCreate
-from luthier.service.specs import read_wish
+from luthier.service.specs import PREFERENCE_LEARNING_RATE, read_wish
 
 
 def wish(**values: Any) -> Any:
@@ -48,8 +48,52 @@ def test_what_is_given_wins() -> None:
         ({"luthier": {"train": 5}}, "train"),
         ({"luthier": {"task": {"type": "chat", "system": 5}}}, "task"),
         ({"method": {"type": "reinforcement", "reinforcement": {}}}, "not served"),
+        ({"method": {"type": "dpo"}, "luthier": {"task": "chat"}}, "dpo goes with the task preference"),
+        ({"method": {"type": "supervised"}, "luthier": {"task": "preference"}}, "dpo goes with the task preference"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo is given"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised is given"),
+        (
+            {
+                "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}},
+                "luthier": {"task": {"type": "preference", "beta": 0.3}},
+            },
+            "twice",
+        ),
+        (
+            {
+                "method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2}}},
+                "hyperparameters": {"n_epochs": 3},
+            },
+            "differ",
+        ),
     ],
 )
 def test_what_does_not_hold(values: dict[str, Any], what: str) -> None:
     with pytest.raises(InvalidRequestError, match=what):
         wish(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": {"type": "dpo"}},
+        {"method": {"type": "dpo", "dpo": {}}},
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto", "n_epochs": "auto"}}}},
+        {"method": {"type": "dpo"}, "luthier": {"task": "preference"}},
+        {"luthier": {"task": "preference"}},
+    ],
+)
+def test_dpo_is_the_task_preference_and_auto_is_stated(values: dict[str, Any]) -> None:
+    spec, resolved = wish(**values).spec(160, 256)
+    assert (spec.task.type, spec.task.beta) == ("preference", 0.1)
+    assert resolved == {"n_epochs": 3, "batch_size": 10, "learning_rate_multiplier": 1.0, "beta": 0.1}
+    assert spec.train.learning_rate == PREFERENCE_LEARNING_RATE == 5e-5
+
+
+def test_a_given_beta_and_own_options_stand_together() -> None:
+    hyper = {"beta": 0.5, "learning_rate_multiplier": 2.0}
+    own = {"task": {"type": "preference", "label_smoothing": 0.1}}
+    spec, resolved = wish(method={"type": "dpo", "dpo": {"hyperparameters": hyper}}, luthier=own).spec(160, 256)
+    assert (spec.task.beta, spec.task.label_smoothing, resolved["beta"]) == (0.5, 0.1, 0.5)
+    assert spec.train.learning_rate == pytest.approx(1e-4)
+    assert own == {"task": {"type": "preference", "label_smoothing": 0.1}}

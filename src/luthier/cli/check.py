@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -274,7 +275,8 @@ def _print_sample(console: Console, row: CheckedRow, renderer: Renderer | None, 
 def supervised_segments(example: Example, renderer: Renderer) -> list[tuple[str, bool]]:
     """The example's text, special tokens visible, in runs of tokens that do or do not carry loss."""
     flags = _flags(example)
-    borders = [index for index in range(1, len(flags)) if flags[index] != flags[index - 1]] + [len(flags)]
+    ends = set(accumulate(example.lengths))  # two sides of a pair are shown one after the other
+    borders = [i for i in range(1, len(flags)) if flags[i] != flags[i - 1] or i in ends] + [len(flags)]
     segments: list[tuple[str, bool]] = []
     shown = ""
     for border in borders:

@@ -25,6 +25,7 @@ class TaskName(StrEnum):
 
     chat = "chat"
     completion = "completion"
+    preference = "preference"
     qa = "qa"
     translation = "translation"
     text = "text"
@@ -48,6 +49,11 @@ _EFFORTS: dict[Effort, dict[str, Any]] = {
 _FIELD_QUESTIONS = {
     "chat": {"prompt": "Which column does the user say", "completion": "Which column is the right reply"},
     "completion": {"prompt": "Which column does the model read", "completion": "Which column should it write"},
+    "preference": {
+        "prompt": "Which column does the user say",
+        "chosen": "Which column is the better reply",
+        "rejected": "Which column is the worse reply",
+    },
     "qa": {
         "context": "Which column holds the text that answers",
         "question": "Which column holds the question",
@@ -61,6 +67,7 @@ _FIELD_QUESTIONS = {
 _FORMATS = {
     "chat": "prompt",
     "completion": "prompt",
+    "preference": "preference",
     "qa": "qa",
     "translation": "translation",
     "text": "text",
@@ -148,7 +155,8 @@ def recipe_text(seen: Survey, chosen: Guess, *, base: str, effort: Effort, run: 
         "train:",
         f"  epochs: {values['epochs']}  # passes over the training rows",
         "  batch_size: 16  # examples a step; memory does not limit it",
-        "  learning_rate: 5.0e-4",
+        "  learning_rate: "
+        + ("5.0e-5  # preferences ask for small steps" if chosen.task == "preference" else "5.0e-4"),
         "  schedule: cosine",
         "  max_length: 2048  # most tokens in one example",
         "  seed: 42",

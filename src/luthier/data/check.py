@@ -270,12 +270,12 @@ class DataCheck:
             try:
                 examples = self._examples(row, self._max_length, self._truncation)
                 full = examples
-                if not examples or any(example.num_tokens >= self._max_length for example in examples):
+                if not examples or any(max(example.lengths) >= self._max_length for example in examples):
                     full = self._examples(row, NO_LIMIT, "end")
             except RowError as error:
                 self.report.add(_as_problem(error, row.file, row.line, row.place))
                 return
-            num_tokens = max((example.num_tokens for example in full), default=0)
+            num_tokens = max((length for example in full for length in example.lengths), default=0)
             counter.add_examples(examples, full)
         counter.add_row(row.full_place, num_tokens, self.task.labels_of(row.record))
         if sink:
@@ -342,7 +342,7 @@ class _PartCounter:
         part.num_examples += len(examples)
         part.num_tokens += num_tokens
         part.num_supervised_tokens += sum(_num_supervised(example) for example in examples)
-        part.lengths.update(example.num_tokens for example in examples)
+        part.lengths.update(length for example in examples for length in example.lengths)
         if not examples:
             part.num_dropped += 1
         elif num_tokens < sum(example.num_tokens for example in full):

@@ -192,4 +192,4 @@ def _load(folder: Path, task: Task, data_hash: str, max_length: int) -> Prepared
 
 
 def _restore_lengths(part: PartReport, store: ExampleStore) -> None:
-    part.lengths = Counter(store.num_tokens.tolist())
+    part.lengths = Counter(store.lengths.tolist())

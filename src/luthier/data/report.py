@@ -48,12 +48,12 @@ class PartReport:
     Attributes:
         files: The files it comes from.
         num_rows: Rows that hold, before any is left out for its length.
-        num_examples: What the engine would train on; a conversation may become several.
+        num_examples: What the engine would train on; a conversation may become several. A preference pair is one.
         num_tokens: Tokens of all examples.
         num_supervised_tokens: Tokens that carry loss, or a tag. 0 for classification, whose loss is one class a row.
         num_cut: Rows that lose tokens to `max_length`.
         num_dropped: Rows left out for being longer than `max_length`.
-        lengths: Example length in tokens -> number of examples.
+        lengths: Example length in tokens -> number of examples; of preference pairs, of each side by itself.
         longest: The longest rows, longest first.
         classes: Class -> number of rows, for classification; type -> number of entities, for tagging.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 
 from luthier.errors import StorageError
 from luthier.files import atomic_folder, writing
-from luthier.types import Example
+from luthier.types import Example, Pair
 
-FORMAT = 2
+FORMAT = 3
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<i4"),
     "weights": np.dtype("<f4"),
@@ -30,8 +31,9 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "row": np.dtype("<i8"),
     "weight_sum": np.dtype("<f8"),
     "tags": np.dtype("<i4"),
+    "pair": np.dtype([("rejected_at", "<i4"), ("beta", "<f8"), ("label_smoothing", "<f8")]),
 }
-"""`tags` holds a value for every token, or nothing at all: only a token head has tags."""
+"""`tags` holds a value for every token, or nothing at all: only a token head has tags. So does `pair` for examples."""
 
 
 class _StoreWriter:
@@ -84,6 +86,7 @@ class ExampleWriter(_StoreWriter):
         self.num_examples = 0
         self.num_tokens = 0
         self.num_tags = 0
+        self.num_pairs = 0
 
     def write(self, example: Example) -> None:
         """Append one example."""
@@ -100,13 +103,23 @@ class ExampleWriter(_StoreWriter):
         if example.tags is not None:
             values["tags"] = example.tags
             self.num_tags += example.num_tokens
+        if (pair := example.pair) is not None:
+            values["pair"] = (pair.rejected_at, pair.beta, pair.label_smoothing)
+            self.num_pairs += 1
         for name, value in values.items():
             self._append(f"{name}.bin", np.asarray(value, dtype=_COLUMNS[name]).tobytes())
 
     def _index(self) -> dict[str, int]:
         if self.num_tags not in (0, self.num_tokens):
             raise ValueError("examples with tags and without them do not share a store")
-        return {"num_examples": self.num_examples, "num_tokens": self.num_tokens, "num_tags": self.num_tags}
+        if self.num_pairs not in (0, self.num_examples):
+            raise ValueError("pairs and single sequences do not share a store")
+        return {
+            "num_examples": self.num_examples,
+            "num_tokens": self.num_tokens,
+            "num_tags": self.num_tags,
+            "num_pairs": self.num_pairs,
+        }
 
 
 class RecordWriter(_StoreWriter):
@@ -145,7 +158,13 @@ class ExampleStore:
         self.total_tokens: int = int(index["num_tokens"])
         """Tokens of all examples together."""
         self._num_tags = int(index["num_tags"])
-        expected = {"tokens": self.total_tokens, "weights": self.total_tokens, "tags": self._num_tags}
+        self._num_pairs = int(index["num_pairs"])
+        expected = {
+            "tokens": self.total_tokens,
+            "weights": self.total_tokens,
+            "tags": self._num_tags,
+            "pair": self._num_pairs,
+        }
         for name, dtype in _COLUMNS.items():
             num_bytes = expected.get(name, self._num_examples) * dtype.itemsize
             path = folder / f"{name}.bin"
@@ -168,6 +187,7 @@ class ExampleStore:
             class_index=int(self._class_index[index]),
             row=int(self.rows[index]),
             tags=np.array(self._tags[start:end]) if self._num_tags else None,
+            pair=Pair(*self._pairs[index].item()) if self._num_pairs else None,
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -175,8 +195,16 @@ class ExampleStore:
 
     @cached_property
     def num_tokens(self) -> NDArray[np.int64]:
-        """int64 [num_examples]. Length of each example in tokens."""
+        """int64 [num_examples]. Length of each example in tokens, of a pair with both sides."""
         return np.diff(self._ends, prepend=np.int64(0))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [num_sequences]. Length of each sequence in tokens: of each example, or of each side of a pair."""
+        if not self._num_pairs:
+            return self.num_tokens
+        chosen = self._pairs["rejected_at"].astype(np.int64)
+        return np.concatenate([chosen, self.num_tokens - chosen])
 
     @cached_property
     def weight_sums(self) -> NDArray[np.float64]:
@@ -204,6 +232,10 @@ class ExampleStore:
         return self._map("tags")
 
     @cached_property
+    def _pairs(self) -> NDArray[Any]:
+        return self._map("pair")
+
+    @cached_property
     def rows(self) -> NDArray[np.int64]:
         """int64 [examples]. The record that each example came from."""
         return self._map("row")
@@ -213,6 +245,26 @@ class ExampleStore:
         if path.stat().st_size == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype=_COLUMNS[name])
         return np.memmap(path, dtype=_COLUMNS[name], mode="r")
+
+
+class ReferencedStore(ExampleStore):
+    """The pairs of a store with what their reference makes of them.
+
+    Args:
+        store: Of preference pairs.
+        margins: float64 [num_examples]. log p(chosen) - log p(rejected) of each, as `Pair.reference`.
+    """
+
+    def __init__(self, store: ExampleStore, margins: NDArray[np.float64]) -> None:
+        super().__init__(store.folder)
+        if margins.shape != (len(self),):
+            raise ValueError(f"{margins.shape} margins for {len(self)} pairs")
+        self._margins = margins
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        assert example.pair is not None, "a reference is of pairs"
+        return replace(example, pair=replace(example.pair, reference=float(self._margins[index])))
 
 
 class RecordStore:

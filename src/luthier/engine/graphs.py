@@ -108,6 +108,8 @@ class StepGraphs:
             return None
         if batch.class_at_C.numel() or not batch.target_at_P.numel() or not base.head_is_plain:
             return None
+        if batch.pairs is not None:  # how a token of a pair weighs shows only once all of them are computed
+            return None
         slots = [base.bank.slots.get(segment.slot) for segment in batch.segments]
         if any(slot is not None and (slot.saved_modules or slot.token_rows or slot.head) for slot in slots):
             return None

@@ -150,7 +150,7 @@ class TrainingJob:
         self._seconds = 0.0
 
     def shrink_micro_batch(self) -> bool:
-        """Halve the micro-batch for want of memory and restart the step; False when it is down to one sequence."""
+        """Halve the micro-batch for want of memory and restart the step; False when it is down to one example."""
         self._begin_step()
         largest = max(sum(item.example.num_tokens for item in micro) for micro in self._pending)
         can_shrink = any(len(micro) > 1 for micro in self._pending)
@@ -186,6 +186,8 @@ class TrainingJob:
     def _begin_step(self) -> None:
         indices = self.batch_indices(self.step)
         items = [PackItem(self.examples[int(i)], self.slot.index, (self.spec.seed, self.step, int(i))) for i in indices]
+        if any(item.example.pair is not None and math.isnan(item.example.pair.reference) for item in items):
+            raise ValueError(f"job {self.name} has pairs whose reference has not been computed: see engine/scoring.py")
         self._denominator = sum(loss_weight(item.example) for item in items)
         self._pending = deque(split_by_tokens(items, self.micro_batch_tokens))
 
@@ -256,13 +258,18 @@ def total_steps(num_examples: int, spec: TrainSpec) -> int:
 
 
 def loss_weight(example: Example) -> float:
-    """What an example adds to its job's denominator: its tokens' weights, and 1 for a class or for each tag."""
+    """What an example adds to its job's denominator: its tokens' weights, 1 for a class, each tag, or a pair."""
+    if example.pair is not None:
+        return 1.0
     tags = 0 if example.tags is None else np.count_nonzero(example.tags != NO_CLASS)
     return float(example.weights[1:].sum(dtype=np.float64)) + float(example.class_index != NO_CLASS) + float(tags)
 
 
 def split_by_tokens(items: list[PackItem], max_tokens: int) -> list[list[PackItem]]:
-    """Cut a list of sequences, in order, into parts of at most `max_tokens`; a longer sequence is a part by itself."""
+    """Cut a list of examples, in order, into parts of at most `max_tokens`; a longer example is a part by itself.
+
+    A pair is one example, so its two sides are never parted.
+    """
     parts: list[list[PackItem]] = []
     room = 0
     for item in items:

@@ -1,10 +1,11 @@
 """One forward (and backward) over sequences of many slots, and what it says of each slot and sequence.
 
-Shapes: P supervised positions, C positions with a class, N sequences, K classes of a slot's head.
+Shapes: P supervised positions, C positions with a class, N sequences, K classes of a slot's head, M preference pairs.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from luthier.base.load import Base, Forward
 from luthier.engine.graphs import StepGraphs
-from luthier.engine.pack import PackedBatch, Segment
+from luthier.engine.pack import PackedBatch, PackedPairs, Segment
 from luthier.objectives.language_modelling import TokenScores, frozen_head_nll, next_token_nll_reference
+from luthier.objectives.preference import PairScores, preference_loss, side_logprobs
 from luthier.objectives.sequence_head import class_logits, class_nll
 from luthier.objectives.trained_head import trained_head_nll
 
@@ -27,8 +29,8 @@ class SlotReport:
     """One slot's share of a forward.
 
     Attributes:
-        nll_sum: Sum of weight x negative log-likelihood (or of the class losses).
-        weight_sum: Sum of the weights (or the number of classes that were to be read).
+        nll_sum: Sum of weight x negative log-likelihood (or of the losses of classes or of pairs).
+        weight_sum: Sum of the weights (or the number of classes that were to be read, or of pairs).
         num_tokens: Tokens that the slot put through the base.
         num_supervised_tokens: Positions that carried loss.
     """
@@ -40,14 +42,29 @@ class SlotReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PairReport:
+    """What a model makes of the two sides of a preference pair.
+
+    Attributes:
+        chosen_logprob, rejected_logprob: log p of each reply given the prompt, in nats.
+        reward_margin: The implicit reward of the chosen side less the rejected one's; NaN without a reference.
+    """
+
+    chosen_logprob: float
+    rejected_logprob: float
+    reward_margin: float
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceReport:
-    """One sequence's scores.
+    """One sequence's scores, or one pair's.
 
     Attributes:
         nll_sum, weight_sum: As in `SlotReport`.
-        num_correct, num_targets: Targets that the likeliest prediction hits, of all.
+        num_correct, num_targets: Targets that the likeliest prediction hits, of all; 0 of a pair.
         predicted_class: The likeliest class of a sequence head, or -1 for another objective.
         probabilities_CK: float32. What the head gives at each position with a class; None for an objective without.
+        pair: What a pair's sides are worth; None for other objectives.
     """
 
     nll_sum: float
@@ -56,6 +73,16 @@ class SequenceReport:
     num_targets: int
     predicted_class: int = -1
     probabilities_CK: NDArray[np.float32] | None = None
+    pair: PairReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """What a forward found: of the P positions, of the C positions with a class, and of the M pairs."""
+
+    tokens: TokenScores | None
+    classes: _Classes | None
+    pairs: PairScores | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,27 +112,30 @@ def train_step(
                 batch, lambda: weight_P / _per_row(batch.target_segments, denominators, weight_P), routing
             )
             if scores is not None:
-                return _slot_reports(batch, scores, None)
-        tokens, classes = _scores(base, batch)
-        total: Tensor | None = None
-        if tokens is not None:
-            weight_P = batch.target_weight_P.to(tokens.nll_P.dtype)
+                return _slot_reports(batch, _Scores(scores, None, None))
+        found = _scores(base, batch)
+        parts: list[Tensor] = []
+        if found.tokens is not None:
+            weight_P = batch.target_weight_P.to(found.tokens.nll_P.dtype)
             scale_P = weight_P / _per_row(batch.target_segments, denominators, weight_P)
-            total = (tokens.nll_P * scale_P).sum()
-        if classes is not None:
-            nll_C = classes.scores.nll_P
-            part = (nll_C / _per_row(batch.class_segments, denominators, torch.ones_like(nll_C))).sum()
-            total = part if total is None else total + part
-        if total is not None:  # a micro-batch may hold only rows whose weights are all 0
-            total.backward()
-    return _slot_reports(batch, tokens, classes.scores if classes is not None else None)
+            parts.append((found.tokens.nll_P * scale_P).sum())
+        if found.classes is not None:
+            nll_C = found.classes.scores.nll_P
+            parts.append((nll_C / _per_row(batch.class_segments, denominators, nll_C)).sum())
+        if found.pairs is not None and batch.pairs is not None:
+            loss_M = found.pairs.loss_M
+            parts.append((loss_M / _per_row(batch.pairs.segments, denominators, loss_M)).sum())
+        if parts:  # a micro-batch may hold only rows whose weights are all 0
+            functools.reduce(torch.add, parts).backward()
+    return _slot_reports(batch, found)
 
 
 @torch.inference_mode()
 def score(base: Base, batch: PackedBatch) -> list[SequenceReport]:
-    """Forward only: scores of every sequence, in the batch's order (sorted by slot)."""
+    """Forward only: scores of every sequence or pair, in the batch's order (sorted by slot)."""
     with base.bank.routed(base.routing(batch, training=False)):
-        tokens, classes = _scores(base, batch)
+        found = _scores(base, batch)
+    tokens, classes = found.tokens, found.classes
     sums = torch.zeros(4, batch.num_sequences, dtype=torch.float64, device=base.device)
     if tokens is not None:
         weights_P = batch.target_weight_P.double()
@@ -125,10 +155,23 @@ def score(base: Base, batch: PackedBatch) -> list[SequenceReport]:
         ):
             row.index_add_(0, batch.class_rows_C, value_C)
     read = _probabilities(base, batch, classes) if classes is not None else {}
-    return [
-        SequenceReport(nll, weight, int(correct), int(count), *read.get(n, (-1, None)))
+    reports: dict[int, SequenceReport] = {
+        n: SequenceReport(nll, weight, int(correct), int(count), *read.get(n, (-1, None)))
         for n, (nll, weight, correct, count) in enumerate(sums.t().tolist())
-    ]
+    }
+    if found.pairs is not None and batch.pairs is not None:
+        _report_pairs(found.pairs, batch.pairs.chosen_rows, reports)
+    return list(reports.values())
+
+
+def _report_pairs(pairs: PairScores, chosen_rows: tuple[int, ...], reports: dict[int, SequenceReport]) -> None:
+    """Put one report of the pair in place of those of its two sides."""
+    values = zip(
+        chosen_rows, pairs.loss_M.tolist(), pairs.logprobs_M2.tolist(), pairs.reward_margin_M.tolist(), strict=True
+    )
+    for row, loss, logprobs, margin in values:
+        reports[row] = SequenceReport(loss, 1.0, 0, 0, pair=PairReport(logprobs[0], logprobs[1], margin))
+        del reports[row + 1]
 
 
 def _probabilities(base: Base, batch: PackedBatch, classes: _Classes) -> dict[int, tuple[int, NDArray[np.float32]]]:
@@ -161,12 +204,21 @@ def class_probabilities(base: Base, batch: PackedBatch) -> Tensor:
     return class_logits(hidden_TD[batch.class_at_C], slot.head.weight, slot.head.bias).softmax(dim=-1)
 
 
-def _scores(base: Base, batch: PackedBatch) -> tuple[TokenScores | None, _Classes | None]:
+def _scores(base: Base, batch: PackedBatch) -> _Scores:
     has_tokens = batch.target_at_P.numel() > 0
     result = base.forward(batch, keep=batch.target_at_P if has_tokens else None, only_scored=True)
     tokens = _token_scores(base, batch, result) if has_tokens else None
     classes = _class_scores(base, batch, result) if batch.class_at_C.numel() > 0 else None
-    return tokens, classes
+    pairs = _pair_scores(batch.pairs, tokens) if batch.pairs is not None else None
+    return _Scores(tokens, classes, pairs)
+
+
+def _pair_scores(pairs: PackedPairs, tokens: TokenScores | None) -> PairScores:
+    if tokens is None:
+        raise ValueError("no token of the batch's preference pairs is supervised")
+    nll_Q = _rows(tokens.nll_P, pairs.at_Q)
+    logprobs_M2 = side_logprobs(nll_Q, pairs.side_Q, len(pairs.chosen_rows))
+    return preference_loss(logprobs_M2, pairs.reference_M, pairs.beta_M, pairs.smoothing_M)
 
 
 def _token_scores(base: Base, batch: PackedBatch, result: Forward) -> TokenScores:
@@ -240,7 +292,8 @@ def _segment_sums(values_P: Tensor, segments: tuple[Segment, ...]) -> Tensor:
     return values_P.new_zeros(len(segments)).index_add_(0, rows_P, values_P)
 
 
-def _slot_reports(batch: PackedBatch, tokens: TokenScores | None, classes: TokenScores | None) -> dict[int, SlotReport]:
+def _slot_reports(batch: PackedBatch, found: _Scores) -> dict[int, SlotReport]:
+    tokens = found.tokens
     nll: dict[int, float] = {}
     weight: dict[int, float] = {}
     count: dict[int, int] = {}
@@ -253,13 +306,18 @@ def _slot_reports(batch: PackedBatch, tokens: TokenScores | None, classes: Token
         for segment, nll_sum, weight_sum in zip(batch.target_segments, *sums_2S.tolist(), strict=True):
             nll[segment.slot], weight[segment.slot] = nll_sum, weight_sum
             count[segment.slot] = segment.end - segment.start
-    if classes is not None:
-        sums_S = _segment_sums(classes.nll_P.detach().double(), batch.class_segments)
+    if found.classes is not None:
+        sums_S = _segment_sums(found.classes.scores.nll_P.detach().double(), batch.class_segments)
         for segment, part in zip(batch.class_segments, sums_S.tolist(), strict=True):
             size = segment.end - segment.start
             nll[segment.slot] = nll.get(segment.slot, 0.0) + part
             weight[segment.slot] = weight.get(segment.slot, 0.0) + size
             count[segment.slot] = count.get(segment.slot, 0) + size
+    if found.pairs is not None and batch.pairs is not None:
+        sums_S = _segment_sums(found.pairs.loss_M.detach(), batch.pairs.segments)
+        for segment, part in zip(batch.pairs.segments, sums_S.tolist(), strict=True):
+            nll[segment.slot] = nll.get(segment.slot, 0.0) + part
+            weight[segment.slot] = weight.get(segment.slot, 0.0) + segment.end - segment.start
     return {
         segment.slot: SlotReport(
             nll.get(segment.slot, 0.0),

@@ -30,9 +30,10 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 MIN_ROWS_FOR_VERDICT = 6
 """With fewer pairs even a unanimous change has a two-sided sign test above 5% (2 / 2^5 = 6%)."""
 
-_PROPORTIONS_OF_ROWS = ("exact_match", "accuracy")
+_PROPORTIONS_OF_ROWS = ("exact_match", "accuracy", "preference_accuracy", "ranking_accuracy")
 _ORDER = (
     *("f1", "precision", "recall", "chrf", "bleu"),
+    *("preference_accuracy", "reward_margin", "ranking_accuracy"),
     *("exact_match", "accuracy", "macro_f1", "loss", "perplexity", "token_accuracy"),
 )
 """Of metrics in eval.json; others follow by name."""
@@ -88,8 +89,8 @@ def summarize(scores: Sequence[RowScore], seed: int = 0) -> dict[str, dict[str, 
 
     - loss: sum of nll_sum over sum of weight_sum, in nats a token; perplexity: exp(loss), for token models only.
     - token_accuracy: correct supervised tokens over supervised tokens.
-    - exact_match, accuracy: shares of scores; their interval is Wilson's, with rows for its n (so it is a little wide
-      where rows have several turns). The others' is a bootstrap over rows.
+    - exact_match, accuracy, preference_accuracy, ranking_accuracy: shares of scores; their interval is Wilson's, with
+      rows for its n (so it is a little wide where rows have several turns). The others' is a bootstrap over rows.
     - macro_f1: mean over classes of 2tp / (2tp + fp + fn), over the classes that occur as truth or as prediction
       (Opitz & Burst, arXiv:1911.03347, "averaged F1").
     - f1, precision, recall and other ratios; chrf and bleu: as the task defines them.

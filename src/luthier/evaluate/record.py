@@ -77,6 +77,10 @@ class RunRecord:
         return self.task == "tagging"
 
     @property
+    def is_preference(self) -> bool:
+        return self.task == "preference"
+
+    @property
     def has_head(self) -> bool:
         """Whether the result says classes rather than words."""
         return self.is_classification or self.is_tagging

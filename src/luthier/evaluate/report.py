@@ -80,6 +80,7 @@ def render(record: RunRecord) -> str:
         parts=_parts(record.evaluation),
         signatures=sorted((record.evaluation.get("signatures") or {}).items()),
         has_head=record.has_head,
+        is_preference=record.is_preference,
     )
 
 
@@ -216,7 +217,13 @@ def _confusion(record: RunRecord) -> dict[str, Any] | None:
 def _curves(record: RunRecord) -> dict[str, Markup | None]:
     best_step = record.cost.get("best_step")
     best_step = best_step if isinstance(best_step, int) and best_step > 0 else None
-    unit = "nats a row" if record.is_classification else "nats a word" if record.is_tagging else "nats a token"
+    unit = "nats a token"
+    for is_so, other in (
+        (record.is_classification, "nats a row"),
+        (record.is_tagging, "nats a word"),
+        (record.is_preference, "nats a pair"),
+    ):
+        unit = other if is_so else unit
     pictures = {
         "loss": figures.loss_curves(record.steps, record.evaluations, best_step, unit),
         "learning_rate": figures.small_curve(record.steps, "learning_rate", "Learning rate"),

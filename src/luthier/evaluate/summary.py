@@ -13,6 +13,9 @@ LABELS = {
     "recall": "Recall",
     "chrf": "chrF",
     "bleu": "BLEU",
+    "preference_accuracy": "Preference accuracy",
+    "reward_margin": "Reward margin",
+    "ranking_accuracy": "Ranking accuracy",
     "exact_match": "Exact match",
     "accuracy": "Accuracy",
     "macro_f1": "Macro-F1",
@@ -21,11 +24,14 @@ LABELS = {
     "token_accuracy": "Token accuracy",
     "tag_accuracy": "Tag accuracy",
 }
-PRIMARY = ("f1", "chrf", "exact_match", "accuracy", "perplexity", "loss", "token_accuracy")
+PRIMARY = ("f1", "chrf", "preference_accuracy", "exact_match", "accuracy", "perplexity", "loss", "token_accuracy")
 """The first of these that both models have makes the headline."""
 
 _SHARES = frozenset(
-    {"f1", "precision", "recall", "exact_match", "accuracy", "macro_f1", "token_accuracy", "tag_accuracy"}
+    {
+        *("f1", "precision", "recall", "preference_accuracy", "ranking_accuracy"),
+        *("exact_match", "accuracy", "macro_f1", "token_accuracy", "tag_accuracy"),
+    }
 )
 _ENDS = (("0%", 0.0), ("100%", 1.0))
 _SHOTS = re.compile(r"base_(\d+)_shots?")

@@ -62,7 +62,8 @@ def part_object(part: UploadPart) -> dict[str, Any]:
 
 def job_object(job: Job, cost: float) -> dict[str, Any]:
     """A job. `luthier` holds what the surface has no place for."""
-    method = {"type": "supervised", "supervised": {"hyperparameters": dict(job.hyperparameters)}}
+    kind = "dpo" if job.spec["task"]["type"] == "preference" else "supervised"
+    method = {"type": kind, kind: {"hyperparameters": dict(job.hyperparameters)}}
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -70,7 +71,7 @@ def job_object(job: Job, cost: float) -> dict[str, Any]:
         "error": job.error,
         "fine_tuned_model": job.tuned_model if job.status == "succeeded" else None,
         "finished_at": job.finished_at,
-        "hyperparameters": dict(job.hyperparameters),
+        "hyperparameters": {name: value for name, value in job.hyperparameters.items() if name != "beta"},
         "model": job.model,
         "organization_id": job.tenant,
         "result_files": [job.result_file] if job.result_file else [],

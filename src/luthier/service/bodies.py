@@ -45,10 +45,22 @@ class Hyperparameters(Body):
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] | Auto = "auto"
 
 
+class DpoHyperparameters(Hyperparameters):
+    """How a preference job learns."""
+
+    beta: Annotated[float, Field(gt=0, le=2)] | Auto = "auto"
+
+
 class MethodPart(Body):
     """A method's own part."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class DpoPart(Body):
+    """Preference tuning's own part."""
+
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
 class Method(Body):
@@ -56,7 +68,7 @@ class Method(Body):
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: MethodPart | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: DpoPart | None = None
     reinforcement: dict[str, Any] | None = None
 
 

@@ -22,7 +22,7 @@ from luthier.service.tool_calls import Piece, ToolCallReader
 from luthier.store.database import new_id
 from luthier.store.held_base import HeldBase
 
-TEXT_TASKS = ("chat", "completion", "text")
+TEXT_TASKS = ("chat", "completion", "preference", "text")
 
 
 @dataclass

@@ -78,6 +78,12 @@ def held_base(base: str, method: Method, parent: Model | None) -> tuple[HeldBase
     return parent.held_base, parent.blob
 
 
+def goes_on(parent_task: str, task: str) -> bool:
+    """Whether a job of one task may go on from a model that was tuned for another: a chat model learns preferences,
+    and what learnt them is a chat model."""
+    return parent_task == task or {parent_task, task} == {"chat", "preference"}
+
+
 def inherited_method(parent_method: dict[str, Any]) -> dict[str, Any]:
     """The method of a job that goes on from a tuned model and names none: the one that made it.
 

@@ -9,12 +9,15 @@ from typing import Any
 from luthier.errors import RecipeError
 from luthier.recipe import JobSpec, validate
 from luthier.registry.problems import InvalidRequestError
-from luthier.service.bodies import MAX_SEED, Hyperparameters, JobCreate
+from luthier.service.bodies import MAX_SEED, DpoHyperparameters, Hyperparameters, JobCreate
 from luthier.service.methods import check_method, inherited_method
+from luthier.tasks.preference.schema import PreferenceConfig
 
 OWN_FIELDS = ("task", "method", "train", "evaluation")
 RESOLVED = ("epochs", "batch_size", "learning_rate")
 NO_VALIDATION, MAX_VALIDATION = 0.0, 0.5
+PREFERENCE_LEARNING_RATE = 5e-5
+"""What a learning-rate multiplier of 1 means for preferences, which ask for smaller steps than replies to imitate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class WantedJob:
     Attributes:
         own: The fields under `luthier` that belong to a JobSpec.
         hold_out: Share of the training rows to hold out.
-        hyperparameters: OpenAI's.
+        hyperparameters: OpenAI's, with `beta` where preferences are learnt.
         seed: The caller's, or a fresh one.
     """
 
@@ -38,7 +41,8 @@ class WantedJob:
         """The JobSpec, and the hyperparameters as they were resolved.
 
         "auto" becomes: 3 epochs below 1,000 rows, 2 below 10,000, else 1; batches of a sixteenth of the rows, at least
-        1 and at most 16; a learning-rate multiplier of 1, which multiplies `train.learning_rate`'s default.
+        1 and at most 16; a learning-rate multiplier of 1, which multiplies `train.learning_rate`'s default, or for
+        preferences `PREFERENCE_LEARNING_RATE`; a beta of 0.1.
 
         Raises:
             InvalidRequestError: naming every field under `luthier` that does not hold.
@@ -50,7 +54,10 @@ class WantedJob:
         epochs = _choose(hyper.n_epochs, 3 if num_rows < 1_000 else 2 if num_rows < 10_000 else 1)
         batch = _choose(hyper.batch_size, max(1, min(16, num_rows // 16)))
         multiplier = float(_choose(hyper.learning_rate_multiplier, 1.0))
+        is_preference = isinstance(hyper, DpoHyperparameters)
         default_rate = JobSpec.model_fields["train"].default.learning_rate
+        if is_preference:
+            default_rate = PREFERENCE_LEARNING_RATE
         train: dict[str, Any] = {
             "epochs": float(epochs),
             "batch_size": batch,
@@ -66,6 +73,8 @@ class WantedJob:
             "batch_size": spec.train.batch_size,
             "learning_rate_multiplier": spec.train.learning_rate / default_rate,
         }
+        if isinstance(spec.task, PreferenceConfig):
+            resolved["beta"] = spec.task.beta
         return spec, resolved
 
 
@@ -78,8 +87,8 @@ def read_wish(body: JobCreate, base: str, parent_method: dict[str, Any] | None =
     Raises:
         InvalidRequestError: for a method that is not served, or fields that contradict each other or do not hold.
     """
-    hyper = _hyperparameters(body)
     own = dict(body.luthier or {})
+    hyper = _hyperparameters(body, own)
     if parent_method is not None:
         own.setdefault("method", inherited_method(parent_method))
     hold_out = _hold_out(own.pop("validation", NO_VALIDATION), body)
@@ -127,23 +136,61 @@ def check_own(own: dict[str, Any], base: str) -> JobSpec:
     return spec
 
 
-def _hyperparameters(body: JobCreate) -> Hyperparameters:
+def _hyperparameters(body: JobCreate, own: dict[str, Any]) -> Hyperparameters:
+    """OpenAI's hyperparameters; for preferences, `own["task"]` becomes the task that they ask for.
+
+    Method and task must agree: preferences that were trained on as conversations, or the other way, would be another
+    job than was asked for.
+    """
     method = body.method
-    if method is None or method.type == "supervised":
-        part = method.supervised.hyperparameters if method is not None and method.supervised is not None else None
-        if part is not None and body.hyperparameters is not None and part != body.hyperparameters:
-            raise InvalidRequestError(
-                "hyperparameters and method.supervised.hyperparameters differ; give the second alone.",
-                param="hyperparameters",
-            )
-        return part or body.hyperparameters or Hyperparameters()
-    if method.type == "dpo":
+    is_own_task_preference = _type_of(own.get("task")) == "preference"
+    if method is None and not is_own_task_preference:
+        return body.hyperparameters or Hyperparameters()
+    kind = method.type if method is not None else "dpo"
+    if kind == "reinforcement":
         raise InvalidRequestError(
-            "Preference tuning (dpo) is not served yet; use method.type supervised.", param="method.type"
+            "Reinforcement fine-tuning is not served; use method.type supervised or dpo.", param="method.type"
         )
-    raise InvalidRequestError(
-        "Reinforcement fine-tuning is not served; use method.type supervised.", param="method.type"
-    )
+    for other in ("supervised", "dpo", "reinforcement"):
+        if method is not None and other != kind and getattr(method, other) is not None:
+            raise InvalidRequestError(
+                f"method.type is {kind}, and method.{other} is given; leave one of them out.", param=f"method.{other}"
+            )
+    if (kind == "dpo") != is_own_task_preference and "task" in own:
+        raise InvalidRequestError(
+            f"method.type is {kind}, and luthier.task is {_type_of(own['task'])!r}; dpo goes with the task preference, "
+            "supervised with every other.",
+            param="luthier.task",
+        )
+    part = (method.dpo if kind == "dpo" else method.supervised) if method is not None else None
+    given: Hyperparameters | None = part.hyperparameters if part is not None else None
+    both = [each.model_dump(exclude={"beta"}) for each in (given, body.hyperparameters) if each is not None]
+    if len(both) == 2 and both[0] != both[1]:
+        raise InvalidRequestError(
+            f"hyperparameters and method.{kind}.hyperparameters differ; give the second alone.", param="hyperparameters"
+        )
+    hyper = given or body.hyperparameters or Hyperparameters()
+    return hyper if kind == "supervised" else _as_preference(hyper, own)
+
+
+def _as_preference(hyper: Hyperparameters, own: dict[str, Any]) -> DpoHyperparameters:
+    """The hyperparameters with beta, once `own["task"]` has it too."""
+    task = own.get("task")
+    options = dict(task) if isinstance(task, dict) else {}
+    found = DpoHyperparameters.model_validate(hyper.model_dump())
+    if found.beta != "auto":
+        if "beta" in options:
+            raise InvalidRequestError(
+                "beta and luthier.task.beta say the same thing twice; give one of them.", param="beta"
+            )
+        options["beta"] = found.beta
+    own["task"] = {"type": "preference", **options}
+    return found
+
+
+def _type_of(task: Any) -> str:
+    """The name of a task that is named, or described."""
+    return str(task.get("type", "")) if isinstance(task, dict) else str(task or "")
 
 
 def _hold_out(value: Any, body: JobCreate) -> float:

@@ -9,6 +9,7 @@ from luthier.tasks.chat.render import ChatTask
 from luthier.tasks.classification.render import ClassificationTask
 from luthier.tasks.completion.render import CompletionTask
 from luthier.tasks.config import TaskConfig
+from luthier.tasks.preference.render import PreferenceTask
 from luthier.tasks.qa.render import QaTask
 from luthier.tasks.tagging.render import TaggingTask
 from luthier.tasks.task import Task
@@ -19,6 +20,7 @@ from luthier.types import HeadKind, Objective
 _TASKS: dict[str, Callable[[Any], Task]] = {
     "chat": ChatTask,
     "completion": CompletionTask,
+    "preference": PreferenceTask,
     "text": TextTask,
     "qa": QaTask,
     "translation": TranslationTask,

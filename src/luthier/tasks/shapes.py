@@ -6,6 +6,8 @@
 | sharegpt       | conversations of {from, value}, optionally system and tools | chat             |
 | prompt         | prompt, completion, optionally system                       | chat, completion |
 | instruction    | instruction, output, optionally input and system            | chat, completion |
+| dpo            | input, preferred_output, non_preferred_output (OpenAI's DPO) | preference       |
+| preference     | chosen, rejected, mostly prompt; optionally system and tools | preference       |
 | qa             | context, question, answers, optionally id                   | qa               |
 | translation    | source, target, optionally source_lang and target_lang      | translation      |
 | tokens         | tokens, tags (BIO)                                          | tagging          |
@@ -76,6 +78,14 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), ("chat",), ("system", "tools")),
     "prompt": Format(("prompt", "completion"), ("chat", "completion"), ("system",), ("completion",)),
     "instruction": Format(("instruction", "output"), ("chat", "completion"), ("input", "system"), ("output",)),
+    "dpo": Format(
+        ("input", "preferred_output", "non_preferred_output"),
+        ("preference",),
+        answers=("preferred_output", "non_preferred_output"),
+    ),
+    "preference": Format(
+        ("chosen", "rejected"), ("preference",), ("prompt", "system", "tools"), ("chosen", "rejected")
+    ),
     "qa": Format(("context", "question", "answers"), ("qa",), ("id",), ("answers",)),
     "translation": Format(("source", "target"), ("translation",), ("source_lang", "target_lang"), ("target",)),
     "tokens": Format(("tokens", "tags"), ("tagging",), (), ("tags",)),

@@ -122,7 +122,9 @@ def _in_every_block(target: str) -> str:
 
 def _longest(recipe: Recipe) -> list[Example]:
     length = recipe.train.max_length
-    example = Example(np.zeros(length, dtype=np.int32), np.ones(length, dtype=np.float32))
+    num_sides = 2 if task_for(recipe.task).objective == "preference" else 1
+    size = num_sides * length
+    example = Example(np.zeros(size, dtype=np.int32), np.ones(size, dtype=np.float32))
     return [example] * recipe.train.batch_size
 
 

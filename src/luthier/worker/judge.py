@@ -14,18 +14,17 @@ from luthier.data.prepare import PreparedData
 from luthier.data.store import ExampleStore, RecordStore
 from luthier.data.template import Renderer
 from luthier.engine.choices import OneOf
-from luthier.engine.pack import BASE_SLOT, PackItem, pack
+from luthier.engine.pack import BASE_SLOT
 from luthier.engine.sample import Request, Sampler, SamplingParams
-from luthier.engine.step import SequenceReport, score
+from luthier.engine.scoring import SCORE_TOKENS, score_examples
+from luthier.engine.step import SequenceReport
 from luthier.evaluate.metrics import RowScore, evaluation
+from luthier.tasks.preference.metrics import pair_ratios
 from luthier.tasks.registry import head_of
 from luthier.tasks.task import Marks, Probabilities
 from luthier.types import Example, Prompt
 from luthier.worker.budget import JudgingBudget, spread_rows
 from luthier.worker.progress import Progress, SilentProgress
-
-SCORE_TOKENS = 4096
-"""Tokens in one forward while scoring."""
 
 ROOM_FOR_REPLY = 1.25
 """A reply may be this much longer than the longest reference judged, and `EXTRA_TOKENS`; past that it is wrong."""
@@ -218,32 +217,13 @@ def examples_of_rows(store: ExampleStore, rows: set[int]) -> list[Example]:
     return [store[int(i)] for i in np.flatnonzero(np.isin(store.rows, list(rows)))]
 
 
-def score_examples(
-    base: Base,
-    examples: Sequence[Example],
-    slot: int,
-    on_done: Callable[[int], None] = lambda done: None,
-    max_tokens: int = SCORE_TOKENS,
-) -> list[SequenceReport]:
-    """Forward-only scores of each example, in order; similar lengths run together where the base pads."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
-    reports: list[SequenceReport | None] = [None] * len(examples)
-    start = 0
-    while start < len(order):
-        end, tokens = start, 0
-        while end < len(order) and (end == start or tokens + examples[order[end]].num_tokens <= max_tokens):
-            tokens += examples[order[end]].num_tokens
-            end += 1
-        batch = pack([PackItem(examples[i], slot) for i in order[start:end]], base.device)
-        for i, report in zip(order[start:end], score(base, batch), strict=True):
-            reports[i] = report
-        start = end
-        on_done(end)
-    return [report for report in reports if report is not None]
-
-
 def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
-    """Loss and token accuracy over all the sequences, as metrics.jsonl keeps them."""
+    """Loss and token accuracy over all the sequences, or what there is of pairs, as metrics.jsonl keeps them."""
+    pairs = [report.pair for report in reports if report.pair is not None]
+    if pairs:
+        found = [pair_ratios(pair.chosen_logprob, pair.rejected_logprob, pair.reward_margin) for pair in pairs]
+        means = {name: sum(ratios[name][0] for ratios in found) / len(found) for name in found[0]}
+        return {"loss": sum(report.nll_sum for report in reports) / len(pairs), **means}
     weight = sum(report.weight_sum for report in reports)
     loss = sum(report.nll_sum for report in reports) / weight
     correct = sum(report.num_correct for report in reports) / max(1, sum(report.num_targets for report in reports))
@@ -254,6 +234,9 @@ def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
 
 
 def _row_score(example: Example, report: SequenceReport) -> RowScore:
+    if (pair := report.pair) is not None:
+        ratios = pair_ratios(pair.chosen_logprob, pair.rejected_logprob, pair.reward_margin)
+        return RowScore(example.row, report.nll_sum, report.weight_sum, ratios=ratios)
     if report.probabilities_CK is None:
         return RowScore(example.row, report.nll_sum, report.weight_sum, report.num_correct, report.num_targets)
     score = RowScore(example.row, report.nll_sum, report.weight_sum)

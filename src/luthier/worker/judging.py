@@ -16,12 +16,13 @@ from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.job import TrainingJob
 from luthier.engine.pack import BASE_SLOT
+from luthier.engine.scoring import SCORE_TOKENS, score_examples
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.files import write_text
 from luthier.recipe import Recipe
 from luthier.types import Example
 from luthier.worker.budget import JudgingBudget, choose_budget
-from luthier.worker.judge import SCORE_TOKENS, Judge, examples_of_rows, mean_loss, predictions, score_examples
+from luthier.worker.judge import Judge, examples_of_rows, mean_loss, predictions
 from luthier.worker.progress import Progress
 from luthier.worker.run_folder import RunFolder
 

@@ -19,8 +19,10 @@ from luthier.base.own import OwnBase
 from luthier.checkpoints.peft_format import slot_from_adapter
 from luthier.checkpoints.peft_names import HEAD
 from luthier.data.prepare import PreparedData, prepare
+from luthier.data.store import ReferencedStore
 from luthier.data.template import Renderer
 from luthier.engine.pack import BASE_SLOT
+from luthier.engine.scoring import reference_margins
 from luthier.errors import RecipeError, RunError
 from luthier.extras import require_bitsandbytes, require_for_scoring
 from luthier.methods.config import bank_spec
@@ -34,6 +36,7 @@ from luthier.worker.budget import JudgingBudget
 from luthier.worker.judge import Judge
 from luthier.worker.progress import Progress
 from luthier.worker.run_folder import RunFolder
+from luthier.worker.start import adapter_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +232,21 @@ def _head_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _with_reference(data: PreparedData, tuned: Tuned, recipe: Recipe, placement: Placement) -> PreparedData:
+    """The held-out pairs with what their reference makes of them, which is loaded where it is not at hand."""
+    assert data.validation is not None
+    base, slot = tuned.base, BASE_SLOT
+    if recipe.start_from is None:
+        base = base if tuned.base_slot is not None else load_placed(placement, recipe.compute.threads)
+    elif recipe.method.runs == "bank":
+        slot = slot_from_adapter(base, adapter_folder(recipe.start_from)).index
+    else:
+        model = load_model(placement.folder, device=placement.device, dtype=placement.dtype)
+        start = read_peft(model, placement.folder, adapter_folder(recipe.start_from))
+        base, slot = start, start.slot.index
+    return replace(data, validation=ReferencedStore(data.validation, reference_margins(base, data.validation, slot)))
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedRun:
     """A finished run, ready to be judged.
@@ -263,6 +281,8 @@ def load_run(run: str | Path, *, data: Path | None, rows: int | None, progress: 
     if prepared.validation is None or prepared.validation_records is None:
         raise RunError(f"{run} held no rows out", fix="name a file to judge on with --data")
     num_rows = len(prepared.validation_records)
+    if prepared.task.objective == "preference":
+        prepared = _with_reference(prepared, tuned, recipe, placement)
     chosen = min(num_rows, rows) if rows is not None else num_rows
     budget = JudgingBudget(chosen, chosen if recipe.evaluation.generate else 0)
 

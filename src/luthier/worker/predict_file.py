@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from luthier.data.files import open_rows
 from luthier.data.lines import LineProblem
 from luthier.data.rows import RowError
+from luthier.engine.scoring import score_examples
 from luthier.errors import RunError
 from luthier.files import atomic_file
 from luthier.tasks.registry import head_of, task_for
@@ -27,7 +28,7 @@ from luthier.tasks.shapes import Shaper
 from luthier.tasks.task import Task
 from luthier.tasks.text.metrics import perplexity
 from luthier.types import Example, Prompt
-from luthier.worker.judge import score_examples, write_replies
+from luthier.worker.judge import write_replies
 from luthier.worker.loading import Tuned, load_tuned, placement_of
 from luthier.worker.progress import Progress, SilentProgress
 from luthier.worker.run_folder import RunFolder

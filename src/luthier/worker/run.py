@@ -25,6 +25,8 @@ from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob, total_steps
 from luthier.engine.own import OwnSlot
+from luthier.engine.pack import BASE_SLOT
+from luthier.engine.scoring import SCORE_TOKENS
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError
 from luthier.evaluate.card import write_card
@@ -33,10 +35,10 @@ from luthier.files import atomic_folder
 from luthier.methods.config import exclusive_spec
 from luthier.recipe import Recipe
 from luthier.types import ExclusiveSpec
-from luthier.worker.judge import SCORE_TOKENS
 from luthier.worker.judging import Best, Judging, counted
 from luthier.worker.loading import adapter_spec, head_fields, prepare_data, public_name
 from luthier.worker.progress import Progress
+from luthier.worker.reference import with_reference
 from luthier.worker.result import RunResult, kept_result
 from luthier.worker.run_folder import RunFolder
 from luthier.worker.start import started_own_slot, started_slot
@@ -110,6 +112,8 @@ class Run:
         else:
             slot = self._make_slot(base, fresh=checkpoint is None)
             check_writable(slot, base)
+        if self.data.task.objective == "preference":
+            self._ask_reference(slot)  # before a checkpoint's values come into the slot
         self.job = TrainingJob(self.name, slot, self.data.train, self.recipe.train.spec())
         if checkpoint is not None:
             extra = load_checkpoint(checkpoint, self.job, base)
@@ -139,6 +143,26 @@ class Run:
         if self.recipe.start_from is None:
             return base.bank.add(spec, self.recipe.train.seed, fresh=fresh)
         return started_slot(base, self.recipe.start_from, spec, self.name, self.progress)
+
+    def _ask_reference(self, slot: Slot | OwnSlot) -> None:
+        """Give every pair what the model makes of it that training begins from."""
+        between = self.between or (lambda: None)
+
+        def note(done: int, total: int) -> None:
+            self.progress.evaluation(self.name, "reference", done, total)
+            between()
+
+        start = self.recipe.start_from
+        with counted(self.seconds, "reference"):
+            self.data = with_reference(
+                self.data,
+                self.base,
+                BASE_SLOT if start is None else slot.index,
+                self.folder.path,
+                start,
+                on_pairs=note,
+                max_tokens=self.score_tokens,
+            )
 
     def exclusive_spec(self) -> ExclusiveSpec:
         """What an exclusive method does, with what the data and the schedule add."""

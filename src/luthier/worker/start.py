@@ -38,7 +38,7 @@ def started_slot(base: Base, start: str, spec: AdapterSpec, name: str, progress:
             "one of the two",
             "set method.init: default, or leave start_from out",
         )
-    slot = slot_from_adapter(base, _adapter_folder(start), spec.dropout, lora_plus_ratio=spec.lora_plus_ratio)
+    slot = slot_from_adapter(base, adapter_folder(start), spec.dropout, lora_plus_ratio=spec.lora_plus_ratio)
     found, asked = _fit(slot.spec), _fit(spec)
     if found != asked:
         raise RecipeError(
@@ -56,11 +56,12 @@ def started_own_slot(base: OwnBase, start: str | None) -> OwnSlot:
     """The slot of an exclusive job, with the values of an adapter of peft where there is one to go on from."""
     if start is not None:
         assert isinstance(base, PeftBase), "own weights go on from a base, as was said before loading"
-        base.start_from(_adapter_folder(start))
+        base.start_from(adapter_folder(start))
     return base.slot
 
 
-def _adapter_folder(start: str) -> Path:
+def adapter_folder(start: str) -> Path:
+    """Where the adapter lies that `start_from` names: an adapter's folder, or that of a run with one."""
     folder = Path(start)
     return folder / "adapter" if (folder / "adapter").exists() else folder
 

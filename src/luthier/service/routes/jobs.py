@@ -17,7 +17,7 @@ from luthier.service.auth import ContextDep, Tuner
 from luthier.service.bodies import JobCreate, PermissionCreate
 from luthier.service.check import look_at
 from luthier.service.context import Context
-from luthier.service.methods import held_base
+from luthier.service.methods import goes_on, held_base
 from luthier.service.routes.common import ERRORS, After, IdPath, Limit, NamePath
 from luthier.service.specs import read_wish
 from luthier.store.tables import Job, Model
@@ -46,7 +46,7 @@ def create_job(body: JobCreate, caller: Tuner, context: ContextDep) -> dict[str,
         scratch=context.settings.scratch / "checks",
     )
     spec, resolved = wanted.spec(seen.num_rows, context.settings.step_tokens)
-    if parent is not None and parent.task != spec.task.type:
+    if parent is not None and not goes_on(parent.task, spec.task.type):
         raise InvalidRequestError(
             f"{parent.id} was tuned for the task {parent.task}; found {spec.task.type}.", param="luthier.task"
         )

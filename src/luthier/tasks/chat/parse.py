@@ -38,7 +38,7 @@ def parse_conversation(row: Mapping[str, Any], system: str | None = None) -> Con
     if not turns:
         raise RowError("messages", "is an empty list", "at least a user's and an assistant's turn", kind="empty")
     messages = [_parse_message(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
-    _check_order(messages)
+    check_order(messages)
     if not any(message["role"] == "assistant" and message.get("weight", 1.0) > 0 for message in messages):
         raise RowError(
             "messages",
@@ -51,7 +51,7 @@ def parse_conversation(row: Mapping[str, Any], system: str | None = None) -> Con
         )
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return Conversation(tuple(messages), _parse_tools(row.get("tools")))
+    return Conversation(tuple(messages), parse_tools(row.get("tools")))
 
 
 def parse_open_conversation(row: Mapping[str, Any], system: str | None = None) -> Conversation:
@@ -68,22 +68,25 @@ def parse_open_conversation(row: Mapping[str, Any], system: str | None = None) -
         messages.pop()
     if not messages or messages[-1]["role"] == "system":
         raise RowError("messages", "there is nothing to reply to", "a user's turn", kind="empty")
-    _check_order(messages)
+    check_order(messages)
     for message in messages:
         if message["role"] == "assistant":
             message["weight"] = 0.0
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return Conversation(tuple(messages), _parse_tools(row.get("tools")))
+    return Conversation(tuple(messages), parse_tools(row.get("tools")))
 
 
-def parse_messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
+def parse_messages(turns: Sequence[Any], name: str = "messages") -> list[dict[str, Any]]:
     """Check the turns of a conversation that is to be gone on with; it need not end with a reply.
+
+    Args:
+        name: What the row calls them.
 
     Raises:
         RowError: for a wrong type or role, or an empty turn.
     """
-    return [_parse_message(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
+    return [_parse_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
 
 
 def _parse_message(turn: Any, where: str) -> dict[str, Any]:
@@ -196,7 +199,12 @@ def _parse_weight(weight: Any, role: str, where: str) -> float:
     return float(weight)
 
 
-def _parse_tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
+def parse_tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
+    """Check a row's function schemas; None where it has none.
+
+    Raises:
+        RowError: for anything else.
+    """
     tools = unpack_json(tools)
     if tools is None or (_is_list(tools) and not tools) or tools == "":
         return None
@@ -213,14 +221,22 @@ def _parse_tool(tool: Any, where: str) -> Mapping[str, Any]:
     raise RowError(where, f"is {preview(tool)}", '{"type": "function", "function": {"name": ..., "parameters": {...}}}')
 
 
-def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
+def check_order(messages: Sequence[Mapping[str, Any]], name: str = "messages") -> None:
+    """Refuse turns that do not follow one another as in a conversation.
+
+    Args:
+        name: What the row calls them.
+
+    Raises:
+        RowError: naming the first turn that is out of order.
+    """
     before: Mapping[str, Any] = {"role": None}
     for i, message in enumerate(messages):
         problem = _order_problem(i, message["role"], before)
         if problem:
             roles = ", ".join(m["role"] for m in messages[: i + 1])
             raise RowError(
-                f"messages[{i}].role",
+                f"{name}[{i}].role",
                 f"{problem} (the turns so far: {roles})",
                 "an optional system turn first, then user and assistant in turns; tool after an assistant's tool_calls",
                 "put the turns in order, or join neighbours of one role",

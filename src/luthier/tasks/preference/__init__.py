@@ -1,0 +1,1 @@
+"""Preferences: which of two replies is the better."""
