@@ -19,6 +19,7 @@ from luthier.data.template import Renderer
 from luthier.data.warn import count_rows
 from luthier.errors import DataError
 from luthier.recipe import Recipe, load_recipe
+from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.registry import task_for
 from luthier.tasks.shapes import FORMATS, recognize
 from luthier.types import NO_CLASS, Example
@@ -162,6 +163,9 @@ def _check_with_progress(recipe: Recipe, renderer: Renderer | None, samples: _Sa
 def _print_report(console: Console, report: DataReport, recipe: Recipe, is_guessed: bool) -> None:
     recognized = "recognized from the columns" if is_guessed or recipe.data.format == "auto" else "as the recipe says"
     facts = [("task", f"{report.task}{' (recognized from the columns)' if is_guessed else ''}")]
+    if isinstance(recipe.task, ClassificationConfig):
+        several = "any number of labels, none included (task.multiple)" if recipe.task.multiple else "one label"
+        facts.append(("each text has", several))
     facts.append(("format", f"{report.format} ({recognized})"))
     if report.tokenized:
         facts.append(("tokens of", recipe.base))
@@ -266,9 +270,16 @@ def _print_sample(console: Console, row: CheckedRow, renderer: Renderer | None, 
             if is_supervised and is_marked:
                 segment = f"«{segment}»"
             text.append(segment, style="not bold green" if is_supervised else "not bold dim")
-        if example.class_index != NO_CLASS:
-            text.append(f"\n-> {report.labels[example.class_index]}", style="green")
+        if (label := _label_of(example, report)) is not None:
+            text.append(f"\n-> {', '.join(label) if isinstance(label, list) else label}", style="green")
         console.print(text, soft_wrap=True)
+
+
+def _label_of(example: Example, report: DataReport) -> str | list[str] | None:
+    """An example's class, or its labels where it may have several; None where it has neither."""
+    if example.class_flags is not None:
+        return [label for label, flag in zip(report.labels, example.class_flags, strict=True) if flag]
+    return None if example.class_index == NO_CLASS else report.labels[example.class_index]
 
 
 def supervised_segments(example: Example, renderer: Renderer) -> list[tuple[str, bool]]:
@@ -298,7 +309,7 @@ def _sample_as_json(row: CheckedRow, renderer: Renderer | None, report: DataRepo
         {
             "place": row.place,
             "num_tokens": example.num_tokens,
-            "label": None if example.class_index == NO_CLASS else report.labels[example.class_index],
+            "label": _label_of(example, report),
             "segments": [{"text": text, "supervised": flag} for text, flag in supervised_segments(example, renderer)],
         }
         for example in row.examples

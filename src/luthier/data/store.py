@@ -21,7 +21,7 @@ from luthier.errors import StorageError
 from luthier.files import atomic_folder, writing
 from luthier.types import Example
 
-FORMAT = 2
+FORMAT = 3
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<i4"),
     "weights": np.dtype("<f4"),
@@ -30,8 +30,10 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "row": np.dtype("<i8"),
     "weight_sum": np.dtype("<f8"),
     "tags": np.dtype("<i4"),
+    "class_flags": np.dtype("u1"),
 }
-"""`tags` holds a value for every token, or nothing at all: only a token head has tags."""
+"""`tags` holds a value for every token, or nothing at all: only a token head has tags. Likewise `class_flags` holds a
+value for every class of every example, or nothing: only a multilabel head has them."""
 
 
 class _StoreWriter:
@@ -84,6 +86,7 @@ class ExampleWriter(_StoreWriter):
         self.num_examples = 0
         self.num_tokens = 0
         self.num_tags = 0
+        self.num_flags = 0
 
     def write(self, example: Example) -> None:
         """Append one example."""
@@ -100,13 +103,23 @@ class ExampleWriter(_StoreWriter):
         if example.tags is not None:
             values["tags"] = example.tags
             self.num_tags += example.num_tokens
+        if example.class_flags is not None:
+            values["class_flags"] = example.class_flags
+            self.num_flags += len(example.class_flags)
         for name, value in values.items():
             self._append(f"{name}.bin", np.asarray(value, dtype=_COLUMNS[name]).tobytes())
 
     def _index(self) -> dict[str, int]:
         if self.num_tags not in (0, self.num_tokens):
             raise ValueError("examples with tags and without them do not share a store")
-        return {"num_examples": self.num_examples, "num_tokens": self.num_tokens, "num_tags": self.num_tags}
+        if self.num_flags and self.num_flags % self.num_examples:
+            raise ValueError("examples of different numbers of classes do not share a store")
+        return {
+            "num_examples": self.num_examples,
+            "num_tokens": self.num_tokens,
+            "num_tags": self.num_tags,
+            "num_flags": self.num_flags,
+        }
 
 
 class RecordWriter(_StoreWriter):
@@ -145,7 +158,14 @@ class ExampleStore:
         self.total_tokens: int = int(index["num_tokens"])
         """Tokens of all examples together."""
         self._num_tags = int(index["num_tags"])
-        expected = {"tokens": self.total_tokens, "weights": self.total_tokens, "tags": self._num_tags}
+        num_flags = int(index["num_flags"])
+        self._num_classes = num_flags // self._num_examples if num_flags else 0
+        expected = {
+            "tokens": self.total_tokens,
+            "weights": self.total_tokens,
+            "tags": self._num_tags,
+            "class_flags": num_flags,
+        }
         for name, dtype in _COLUMNS.items():
             num_bytes = expected.get(name, self._num_examples) * dtype.itemsize
             path = folder / f"{name}.bin"
@@ -168,6 +188,7 @@ class ExampleStore:
             class_index=int(self._class_index[index]),
             row=int(self.rows[index]),
             tags=np.array(self._tags[start:end]) if self._num_tags else None,
+            class_flags=self._flags(index),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -202,6 +223,14 @@ class ExampleStore:
     @cached_property
     def _tags(self) -> NDArray[np.int32]:
         return self._map("tags")
+
+    @cached_property
+    def _class_flags(self) -> NDArray[np.uint8]:
+        return self._map("class_flags")
+
+    def _flags(self, index: int) -> NDArray[np.uint8] | None:
+        size = self._num_classes
+        return np.array(self._class_flags[index * size : (index + 1) * size]) if size else None
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Examples of many jobs -> one flat batch, sorted by slot, without padding.
 
 Shapes: T tokens, N sequences, P supervised positions, C positions with a class: the last token of a sequence whose
-class is learnt, and every tagged token of one whose tags are.
+class or labels are learnt, and every tagged token of one whose tags are. K classes of a slot's head.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ class PackedBatch:
         target_weight_P: float32. Its loss weight.
         target_segments: Bounds of each slot within the P supervised positions.
         class_at_C: int64. Flat index of each token at whose hidden state a head reads a class.
-        class_index_C: int64. That class.
+        class_index_C: int64. That class; 0 where a head says any number of labels.
         class_segments: Bounds of each slot within the C positions.
+        class_flags: float32 [C of the slot, K] for each of these segments whose head says any number of labels: 1 for a
+            label that the sequence has. None for the other segments.
         class_rows, target_rows: The sequence (0 to N-1) of each class and of each supervised position.
     """
 
@@ -81,6 +83,7 @@ class PackedBatch:
     class_index_C: Tensor
     class_rows_C: Tensor
     class_segments: tuple[Segment, ...]
+    class_flags: tuple[Tensor | None, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -118,6 +121,8 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
     supervised = np.flatnonzero((weights > 0) & (positions > 0))
     classes = np.concatenate([_classes(item.example) for item in items])
     with_class = np.flatnonzero(classes != NO_CLASS)
+    class_rows = rows[with_class]
+    class_segments = _segments(slots[class_rows])
 
     def put(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -140,8 +145,12 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
         target_segments=_segments(slots[rows[supervised]]),
         class_at_C=put(with_class),
         class_index_C=put(classes[with_class].astype(np.int64)),
-        class_rows_C=put(rows[with_class]),
-        class_segments=_segments(slots[rows[with_class]]),
+        class_rows_C=put(class_rows),
+        class_segments=class_segments,
+        class_flags=tuple(
+            None if flags is None else put(flags)
+            for flags in (_flags([items[row].example for row in class_rows[s.start : s.end]]) for s in class_segments)
+        ),
     )
 
 
@@ -150,8 +159,14 @@ def _classes(example: Example) -> np.ndarray:
     if example.tags is not None:
         return example.tags
     classes = np.full(example.num_tokens, NO_CLASS, dtype=np.int32)
-    classes[-1] = example.class_index
+    classes[-1] = 0 if example.class_flags is not None else example.class_index
     return classes
+
+
+def _flags(examples: Sequence[Example]) -> np.ndarray | None:
+    """float32 [C, K] of one slot's positions, or None where its head says one class."""
+    flags = [example.class_flags for example in examples if example.class_flags is not None]
+    return np.stack(flags).astype(np.float32) if flags else None
 
 
 def _segments(slots: np.ndarray) -> tuple[Segment, ...]:

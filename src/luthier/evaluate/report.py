@@ -78,6 +78,7 @@ def render(record: RunRecord) -> str:
         versions=list(_leaves(record.versions)),
         loading=loading_code(record),
         parts=_parts(record.evaluation),
+        part_noun="label" if record.is_multilabel else "type",
         signatures=sorted((record.evaluation.get("signatures") or {}).items()),
         has_head=record.has_head,
     )
@@ -203,7 +204,7 @@ def _parts(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _confusion(record: RunRecord) -> dict[str, Any] | None:
-    if not record.is_classification:
+    if not record.is_classification or record.is_multilabel:
         return None
     names, matrix_CC = samples.confusion(record.predictions)
     if not names:
@@ -216,7 +217,7 @@ def _confusion(record: RunRecord) -> dict[str, Any] | None:
 def _curves(record: RunRecord) -> dict[str, Markup | None]:
     best_step = record.cost.get("best_step")
     best_step = best_step if isinstance(best_step, int) and best_step > 0 else None
-    unit = "nats a row" if record.is_classification else "nats a word" if record.is_tagging else "nats a token"
+    unit = "nats a word" if record.is_tagging else "nats a row" if record.has_head else "nats a token"
     pictures = {
         "loss": figures.loss_curves(record.steps, record.evaluations, best_step, unit),
         "learning_rate": figures.small_curve(record.steps, "learning_rate", "Learning rate"),

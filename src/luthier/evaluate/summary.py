@@ -15,17 +15,22 @@ LABELS = {
     "bleu": "BLEU",
     "exact_match": "Exact match",
     "accuracy": "Accuracy",
+    "micro_f1": "Micro-F1",
     "macro_f1": "Macro-F1",
+    "subset_accuracy": "Subset accuracy",
     "loss": "Loss",
     "perplexity": "Perplexity",
     "token_accuracy": "Token accuracy",
     "tag_accuracy": "Tag accuracy",
 }
-PRIMARY = ("f1", "chrf", "exact_match", "accuracy", "perplexity", "loss", "token_accuracy")
+PRIMARY = ("f1", "chrf", "exact_match", "accuracy", "micro_f1", "perplexity", "loss", "token_accuracy")
 """The first of these that both models have makes the headline."""
 
 _SHARES = frozenset(
-    {"f1", "precision", "recall", "exact_match", "accuracy", "macro_f1", "token_accuracy", "tag_accuracy"}
+    {
+        *("f1", "precision", "recall", "exact_match", "accuracy", "micro_f1", "macro_f1", "subset_accuracy"),
+        *("token_accuracy", "tag_accuracy"),
+    }
 )
 _ENDS = (("0%", 0.0), ("100%", 1.0))
 _SHOTS = re.compile(r"base_(\d+)_shots?")

@@ -18,10 +18,12 @@ from luthier.engine.pack import BASE_SLOT, PackItem, pack
 from luthier.engine.sample import Request, Sampler, SamplingParams
 from luthier.engine.step import SequenceReport, score
 from luthier.evaluate.metrics import RowScore, evaluation
+from luthier.tasks.classification.words import WordsTask
 from luthier.tasks.registry import head_of
 from luthier.tasks.task import Marks, Probabilities
-from luthier.types import Example, Prompt
+from luthier.types import Example, HeadKind, Prompt
 from luthier.worker.budget import JudgingBudget, spread_rows
+from luthier.worker.choosing import choose_labels
 from luthier.worker.progress import Progress, SilentProgress
 
 SCORE_TOKENS = 4096
@@ -80,7 +82,7 @@ class Judge:
 
         With examples in the prompt (`num_shots`), replies alone are judged.
         """
-        replies = self._replies(slot, what, num_shots)
+        replies = self._replies(slot, what, num_shots) | self._choices(slot, what, num_shots)
         if num_shots:
             return [_marked(RowScore(row), marks) for row, marks in replies.items()]
         return self._join(self._likelihoods(slot, what), replies)
@@ -144,12 +146,40 @@ class Judge:
             for prompt, reply in zip(prompts, done, strict=True)
         }
 
+    def _choices(self, slot: int, what: str, num_shots: int) -> dict[int, Marks]:
+        """Which label is likeliest, of a task that chooses."""
+        task = self.data.task
+        if not self.generated_at or not isinstance(task, WordsTask):
+            return {}
+        rows = [int(self._records().rows[i]) for i in self.generated_at]
+
+        def on_done(done: int) -> None:
+            self.on_rows(f"{what}, labels", done, len(rows))
+            if self.between is not None:
+                self.between()
+
+        found = choose_labels(
+            self.base,
+            self.renderer,
+            task,
+            [self._record(row) for row in rows],
+            slot,
+            shots=self._shots(num_shots),
+            on_done=on_done,
+            max_tokens=self.score_tokens,
+        )
+        return {row: self._read(row, [given]) for row, given in zip(rows, found, strict=True)}
+
+    def _shots(self, num_shots: int) -> list[Any]:
+        """The training records that stand in a prompt, solved."""
+        return [self.data.task.from_json(value) for value in list(self.data.train_records)[:num_shots]]
+
     def prompts(self, num_shots: int = 0) -> list[Prompt]:
         """The prompts to generate from, one a row."""
         if not self.generated_at or self.data.validation_records is None:
             return []
         task, records = self.data.task, self.data.validation_records
-        shots = [task.from_json(value) for value in list(self.data.train_records)[:num_shots]]
+        shots = self._shots(num_shots)
         return [
             prompt
             for i in self.generated_at
@@ -166,7 +196,7 @@ class Judge:
         """Row -> what the model was given, as a person reads it."""
         if self.data.validation_records is None:
             return {}
-        if self.data.task.generates:
+        if self.data.task.generates or self.data.task.chooses:
             return {prompt.row: prompt.text for prompt in self.prompts()}
         if head_of(self.data.task) is None:
             return {}
@@ -242,14 +272,19 @@ def score_examples(
     return [report for report in reports if report is not None]
 
 
-def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
-    """Loss and token accuracy over all the sequences, as metrics.jsonl keeps them."""
+def mean_loss(reports: Sequence[SequenceReport], head: HeadKind | None = None) -> dict[str, float]:
+    """Loss and accuracy over all the sequences, as metrics.jsonl keeps them.
+
+    Args:
+        head: Of the task. Of any number of labels the loss alone is told: what is right depends on the threshold.
+    """
     weight = sum(report.weight_sum for report in reports)
     loss = sum(report.nll_sum for report in reports) / weight
     correct = sum(report.num_correct for report in reports) / max(1, sum(report.num_targets for report in reports))
-    if any(report.probabilities_CK is not None for report in reports):
-        is_sequence = any(report.predicted_class >= 0 for report in reports)
-        return {"loss": loss, "accuracy" if is_sequence else "tag_accuracy": correct}
+    if head == "multilabel":
+        return {"loss": loss}
+    if head is not None:
+        return {"loss": loss, "accuracy" if head == "sequence" else "tag_accuracy": correct}
     return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "token_accuracy": correct}
 
 

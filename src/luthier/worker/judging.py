@@ -19,6 +19,7 @@ from luthier.engine.pack import BASE_SLOT
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.files import write_text
 from luthier.recipe import Recipe
+from luthier.tasks.registry import head_of
 from luthier.types import Example
 from luthier.worker.budget import JudgingBudget, choose_budget
 from luthier.worker.judge import SCORE_TOKENS, Judge, examples_of_rows, mean_loss, predictions, score_examples
@@ -85,6 +86,7 @@ class Judging:
         between: Callable[[], None] | None = None,
     ) -> None:
         self.recipe, self.folder, self.data, self.seconds = recipe, folder, data, seconds
+        self.renderer = renderer
         self.base, self.job = base, job
         self.score_tokens, self.between = score_tokens, between
         self.scores: dict[str, list[RowScore]] = {}
@@ -127,12 +129,20 @@ class Judging:
             num_held_out=self._num_held_out,
             train_tokens=self._train_tokens,
             row_tokens=self._row_tokens,
-            reply_tokens=min(settings.max_new_tokens, self._row_tokens),
+            reply_tokens=self._reply_tokens,
             num_models=2 + (settings.shots > 0),
             rows=settings.rows,
             generate_rows=settings.generate_rows,
-            generates=settings.generate,
+            generates=settings.generate or self.data.task.chooses,
         )
+
+    @property
+    def _reply_tokens(self) -> float:
+        """Tokens that a reply may cost; with labels to choose from, those of all of them."""
+        if self.data.task.chooses:
+            encode = self.renderer.encode
+            return sum(len(encode(label)) + 1.0 for label in self.data.task.labels) / 2  # a token here costs no step
+        return min(self.recipe.evaluation.max_new_tokens, self._row_tokens)
 
     def _validation_examples(self) -> list[Example]:
         num_evaluations = max(1, self.job.total_steps // self.evaluate_every)
@@ -151,7 +161,8 @@ class Judging:
         slot = self.job.slot.index if self.job.slot.head is not None else BASE_SLOT
         self._judge("base", slot)
         shots = self.recipe.evaluation.shots
-        if shots and self.data.task.generates and self.judge.generated_at:
+        writes = self.data.task.generates or self.data.task.chooses
+        if shots and writes and self.judge.generated_at:
             self._judge(f"base_{shots}_shot", BASE_SLOT, shots)
 
     def judge_tuned(self) -> None:
@@ -165,7 +176,8 @@ class Judging:
         """The validation loss and its like, written down as of `step`."""
         between = self.between
         on_done = (lambda done: None) if between is None else (lambda done: between())
-        values = mean_loss(score_examples(self.base, self.validation, self.job.slot.index, on_done, self.score_tokens))
+        reports = score_examples(self.base, self.validation, self.job.slot.index, on_done, self.score_tokens)
+        values = mean_loss(reports, head_of(self.data.task))
         self.folder.append_metric(kind="evaluation", step=step, **values)
         return values
 

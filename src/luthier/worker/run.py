@@ -325,6 +325,7 @@ class Run:
             "base_name": public_name(self.recipe.base),
             "labels": list(self.data.task.outputs) or None,
             "pad_token_id": self.renderer.pad_id,
+            "threshold": self.data.task.threshold,
         }
 
     def _result(self, kept_step: int, peak_memory_bytes: int, device: str) -> dict[str, Any]:
