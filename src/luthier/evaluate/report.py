@@ -65,6 +65,8 @@ def render(record: RunRecord) -> str:
         hero=_hero(record.evaluation),
         scores=_scores(record.evaluation),
         groups=_groups(record.evaluation),
+        kept=_scores(record.evaluation.get("replay") or {}),
+        num_kept_rows=(record.evaluation.get("replay") or {}).get("num_rows"),
         num_rows=record.evaluation.get("num_rows"),
         outcomes=samples.outcomes(record.predictions),
         listed=[samples.sample(line) for line in record.predictions[:MAX_LISTED_ROWS]],
@@ -281,7 +283,13 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """The data report as a table of its two sides, with a histogram of training lengths and what is to be known."""
     if not data:
         return None
-    sides = {"training": data.get("train"), "held out": data.get("validation")}
+    replay = data.get("replay") or {}
+    sides = {
+        "training": data.get("train"),
+        "held out": data.get("validation"),
+        "replayed text": replay.get("train"),
+        "replayed, held out": replay.get("validation"),
+    }
     parts = {name: _part_facts(part) for name, part in sides.items() if isinstance(part, Mapping)}
     names = list(dict.fromkeys(fact for facts in parts.values() for fact in facts))
     lengths = (data.get("train") or {}).get("lengths") or {}

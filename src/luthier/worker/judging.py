@@ -69,6 +69,7 @@ class Judging:
         evaluate_every: Steps between two validations.
         validation: The examples of a validation; empty where nothing is held out.
         scores: What each model did on each row, as far as it has been judged.
+        replay_scores: Likewise on the held-out rows of the replayed text.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Judging:
         self.base, self.job = base, job
         self.score_tokens, self.between = score_tokens, between
         self.scores: dict[str, list[RowScore]] = {}
+        self.replay_scores: dict[str, list[RowScore]] = {}
         name = str(folder.path)
         self.judge = Judge(
             base,
@@ -102,8 +104,27 @@ class Judging:
             score_tokens=score_tokens,
             between=between,
         )
+        self.replay_judge = self._judge_of_replay(name, progress)
         self.evaluate_every = recipe.evaluation.every or max(1, job.steps_per_epoch // 2)
         self.validation = self._validation_examples()
+
+    def _judge_of_replay(self, name: str, progress: Progress) -> Judge | None:
+        """Of the held-out rows of the replayed text, as many as of the text's own; None without."""
+        replay = self.data.replay
+        if replay is None or replay.validation_records is None or not self.judge.at:
+            return None
+        num_rows = min(len(self.judge.at), len(replay.validation_records))
+        return Judge(
+            self.base,
+            self.renderer,
+            replay,
+            JudgingBudget(num_rows, 0),
+            max_new_tokens=self.recipe.evaluation.max_new_tokens,
+            seed=self.recipe.train.seed,
+            on_rows=lambda what, done, total: progress.evaluation(name, what, done, total),
+            score_tokens=self.score_tokens,
+            between=self.between,
+        )
 
     @property
     def _num_held_out(self) -> int:
@@ -112,7 +133,7 @@ class Judging:
     @property
     def _train_tokens(self) -> float:
         """Tokens that training runs in all its epochs."""
-        return float(self.data.train.num_tokens.sum()) * self.job.total_steps / self.job.steps_per_epoch
+        return float(self.data.examples.num_tokens.sum()) * self.job.total_steps / self.job.steps_per_epoch
 
     @property
     def _row_tokens(self) -> float:
@@ -160,6 +181,7 @@ class Judging:
         # A head has no untrained counterpart in the base: what it gives before training stands for it.
         slot = self.job.slot.index if self.job.slot.head is not None else BASE_SLOT
         self._judge("base", slot)
+        self._judge_replay("base", slot)
         shots = self.recipe.evaluation.shots
         writes = self.data.task.generates or self.data.task.chooses
         if shots and writes and self.judge.generated_at:
@@ -169,8 +191,10 @@ class Judging:
         """Judge what the slot holds now, anew."""
         if not self.judge.at:
             return
-        (self.folder.path / "scores" / "tuned.json").unlink(missing_ok=True)
+        for name in ("tuned", "tuned_replay"):
+            (self.folder.path / "scores" / f"{name}.json").unlink(missing_ok=True)
         self._judge("tuned", self.job.slot.index)
+        self._judge_replay("tuned", self.job.slot.index)
 
     def validate(self, step: int) -> dict[str, float]:
         """The validation loss and its like, written down as of `step`."""
@@ -186,6 +210,8 @@ class Judging:
         values: dict[str, Any] = {"num_rows": 0, "base": {}, "tuned": {}}
         if self.scores:
             values = evaluation(self.scores, signatures=self.judge.signatures())
+        if self.replay_scores:
+            values["replay"] = evaluation(self.replay_scores)
         self.folder.write_json("eval.json", values)
         lines = predictions(self.scores, self.judge.prompt_texts())
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -199,3 +225,14 @@ class Judging:
                 kept = self.judge.scores(slot, who.replace("_", " "), num_shots)
                 self.folder.write_scores(who, kept)
             self.scores[who] = kept
+
+    def _judge_replay(self, who: str, slot: int) -> None:
+        """The general ability: the loss on held-out rows of the replayed text."""
+        if self.replay_judge is None:
+            return
+        with counted(self.seconds, "judging"):
+            kept = self.folder.read_scores(f"{who}_replay")
+            if kept is None:
+                kept = self.replay_judge.scores(slot, f"{who}, replayed text")
+                self.folder.write_scores(f"{who}_replay", kept)
+            self.replay_scores[who] = kept
