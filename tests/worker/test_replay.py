@@ -66,6 +66,11 @@ def test_the_ability_kept_is_the_perplexity_of_held_out_replayed_text(tiny_llama
     assert kept["base"]["perplexity"]["value"] == pytest.approx(perplexity(base), rel=1e-4)
     tuned = PeftModel.from_pretrained(base, result.folder / "adapter").eval()
     assert kept["tuned"]["perplexity"]["value"] == pytest.approx(perplexity(tuned), rel=1e-4)
+    again = luthier.evaluate_run(result.folder)["replay"]
+    for who in ("base", "tuned"):
+        assert again[who]["perplexity"]["value"] == pytest.approx(kept[who]["perplexity"]["value"], rel=1e-6)
+    shown = CliRunner().invoke(app, ["eval", str(result.folder), "-q"])
+    assert "General ability kept, by the replayed text: Perplexity on 6 held-out rows" in shown.stdout
     report = (result.folder / "report.html").read_text()
     assert "General ability kept" in report
     assert "on 6 held-out rows of the replayed text" in report

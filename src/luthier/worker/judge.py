@@ -75,6 +75,7 @@ class Judge:
         generated = spread_rows(len(self.at), budget.num_generated, seed)
         self.generated_at = [self.at[i] for i in generated]
         self.max_new_tokens = max_new_tokens
+        self.seed = seed
         self._place: dict[int, int] = {}
 
     def scores(self, slot: int, what: str, num_shots: int = 0) -> list[RowScore]:
@@ -86,6 +87,23 @@ class Judge:
         if num_shots:
             return [_marked(RowScore(row), marks) for row, marks in replies.items()]
         return self._join(self._likelihoods(slot, what), replies)
+
+    def of_replay(self) -> Judge | None:
+        """The same judge on held-out rows of the replayed text, at most as many as here; None without."""
+        replay = self.data.replay
+        if replay is None or replay.validation_records is None or not self.at:
+            return None
+        return Judge(
+            self.base,
+            self.renderer,
+            replay,
+            JudgingBudget(min(len(self.at), len(replay.validation_records)), 0),
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            on_rows=self.on_rows,
+            score_tokens=self.score_tokens,
+            between=self.between,
+        )
 
     # -- likelihood
 
@@ -339,11 +357,20 @@ def evaluate_run(
 
     progress = progress or SilentProgress()
     loaded = load_run(run, data=data, rows=rows, progress=progress)
-    tuned = loaded.judge.scores(loaded.slot, "tuned")
+    tuned = _scores_of(loaded.judge, loaded.slot, "tuned")
     if loaded.base_slot is not None:
-        base = loaded.judge.scores(loaded.base_slot, "base")
+        base = _scores_of(loaded.judge, loaded.base_slot, "base")
     else:
         judge = loaded.judge_of_base()
         slots = list(judge.base.bank.slots)  # a classifier's base has a slot with an untrained head
-        base = judge.scores(slots[0] if slots else BASE_SLOT, "base")
-    return evaluation({"base": base, "tuned": tuned}, signatures=loaded.judge.signatures())
+        base = _scores_of(judge, slots[0] if slots else BASE_SLOT, "base")
+    values = evaluation({"base": base[0], "tuned": tuned[0]}, signatures=loaded.judge.signatures())
+    if tuned[1]:
+        values["replay"] = evaluation({"base": base[1], "tuned": tuned[1]})
+    return values
+
+
+def _scores_of(judge: Judge, slot: int, what: str) -> tuple[list[RowScore], list[RowScore]]:
+    """Scores on the held-out rows, and on those of the replayed text."""
+    replay = judge.of_replay()
+    return judge.scores(slot, what), replay.scores(slot, f"{what}, replayed text") if replay is not None else []

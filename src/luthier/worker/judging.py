@@ -104,27 +104,9 @@ class Judging:
             score_tokens=score_tokens,
             between=between,
         )
-        self.replay_judge = self._judge_of_replay(name, progress)
+        self.replay_judge = self.judge.of_replay()
         self.evaluate_every = recipe.evaluation.every or max(1, job.steps_per_epoch // 2)
         self.validation = self._validation_examples()
-
-    def _judge_of_replay(self, name: str, progress: Progress) -> Judge | None:
-        """Of the held-out rows of the replayed text, as many as of the text's own; None without."""
-        replay = self.data.replay
-        if replay is None or replay.validation_records is None or not self.judge.at:
-            return None
-        num_rows = min(len(self.judge.at), len(replay.validation_records))
-        return Judge(
-            self.base,
-            self.renderer,
-            replay,
-            JudgingBudget(num_rows, 0),
-            max_new_tokens=self.recipe.evaluation.max_new_tokens,
-            seed=self.recipe.train.seed,
-            on_rows=lambda what, done, total: progress.evaluation(name, what, done, total),
-            score_tokens=self.score_tokens,
-            between=self.between,
-        )
 
     @property
     def _num_held_out(self) -> int:
