@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from luthier.files import write_text
 from luthier.methods.config import MethodConfig
 from luthier.methods.exclusive.config import ExclusiveConfig
-from luthier.recipe import ComputeConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
+from luthier.recipe import ComputeConfig, DataConfig, EvaluationConfig, Recipe, ReplayConfig, TrainConfig
 from luthier.tasks.config import TaskConfig
 
 PAGE = Path(__file__).with_name("recipe.md")
@@ -50,7 +50,7 @@ _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 def page() -> str:
     """The whole page as Markdown."""
     parts = [HEAD, _section("Top level", Recipe)]
-    parts += [_section("`data`", DataConfig)]
+    parts += [_section("`data`", DataConfig), _section("`data.replay`", ReplayConfig)]
     parts += [_section(f"`task: {_type_of(task)}`", task) for task in choices(TaskConfig)]
     parts += [_method_section(method) for method in choices(MethodConfig)]
     parts += [_section("`train`", TrainConfig), _section("`evaluation`", EvaluationConfig)]

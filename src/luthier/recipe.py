@@ -27,6 +27,17 @@ MAX_SEED = 2**63 - 1
 """The largest that torch's generators take."""
 
 
+class ReplayConfig(Strict):
+    """General text that `task: text` mixes into its training, so that the model forgets less of what it could do."""
+
+    file: str | list[str] = Field(min_length=1)
+    """One file or several of texts, as `data.train` takes them."""
+    share: float = Field(default=0.1, gt=0, le=0.9)
+    """The replayed text's share of the tokens that an epoch trains on."""
+    validation: float = Field(default=0.1, ge=0, le=0.5)
+    """The share of its rows that is held out, to measure what of the general ability is kept."""
+
+
 class DataConfig(Strict):
     """Where the examples are, and how their columns map onto the task's record."""
 
@@ -54,6 +65,8 @@ class DataConfig(Strict):
     """The task's field name -> the file's column name, where they differ, as in {prompt: question}."""
     template: dict[str, str] = Field(default_factory=dict)
     """The task's field name -> a jinja2 template over the columns, as in {prompt: "Q: {{ question }}\\nA:"}."""
+    replay: ReplayConfig | None = None
+    """With `task: text`: general text against forgetting; null for none."""
 
     @field_validator("validation")
     @classmethod
@@ -334,7 +347,11 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     data = recipe.data
     train = [resolve(name) for name in data.train] if isinstance(data.train, list) else resolve(data.train)
     validation = resolve(data.validation) if isinstance(data.validation, str) else data.validation
-    data = data.model_copy(update={"train": train, "validation": validation})
+    replay = data.replay
+    if replay is not None:
+        files = [resolve(name) for name in replay.file] if isinstance(replay.file, list) else resolve(replay.file)
+        replay = replay.model_copy(update={"file": files})
+    data = data.model_copy(update={"train": train, "validation": validation, "replay": replay})
     return recipe.model_copy(update={"data": data})
 
 

@@ -15,15 +15,29 @@ from numpy.typing import NDArray
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
-Objective = Literal["language_modelling", "sequence_head", "token_head", "preference"]
+Objective = Literal["language_modelling", "sequence_head", "multilabel_head", "token_head", "preference"]
 
-HeadKind = Literal["sequence", "token"]
-"""What a head says a class of: a whole sequence, or single tokens."""
+HeadKind = Literal["sequence", "multilabel", "token"]
+"""What a head says: the class of a whole sequence, any number of labels of one, or the class of single tokens."""
 
-HEAD_NOUNS: dict[HeadKind, str] = {"sequence": "classes", "token": "tags"}
+HEAD_NOUNS: dict[HeadKind, str] = {
+    "sequence": "classes",
+    "multilabel": "labels of which a text may have several",
+    "token": "tags",
+}
+
+HEAD_SAYINGS: dict[HeadKind, str] = {
+    "sequence": "one class of each text",
+    "multilabel": "any number of labels of each text",
+    "token": "a tag of each token",
+}
+"""What a head of each kind says, for errors that hold one against another."""
 
 LEAST_MICRO_BATCH_TOKENS = 16
 """A micro-batch is never asked to be smaller."""
+
+DEFAULT_THRESHOLD = 0.5
+"""The probability from which on a label is given where a text may have several."""
 
 NO_CLASS = -1
 """`Example.class_index` of an example that has no class."""
@@ -58,6 +72,8 @@ class Example:
             (labels are unshifted; the engine shifts them in one place). `weights[0]` is always 0. All 0 for objectives
             that do not model language. Of a pair, 1 at the tokens whose probability counts.
         class_index: The target of the sequence head, or `NO_CLASS`.
+        class_flags: uint8 [classes]. 1 for each label that the sequence has; None for objectives but the multilabel
+            head.
         tags: int32 [length]. The token head's targets, `NO_CLASS` at tokens without one; None for other objectives.
         row: Index (from 0) of the source record in its dataset; several examples may share one.
         pair: For preferences, what the loss of the two sides needs; None for other objectives.
@@ -68,6 +84,7 @@ class Example:
     class_index: int = NO_CLASS
     row: int = 0
     tags: NDArray[np.int32] | None = None
+    class_flags: NDArray[np.uint8] | None = None
     pair: Pair | None = None
 
     @property

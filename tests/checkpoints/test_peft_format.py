@@ -177,7 +177,7 @@ def test_a_base_without_a_classifier_is_refused() -> None:
     assert classifier_class(Qwen3Config()).__name__ == "Qwen3ForSequenceClassification"
     with pytest.raises(RecipeError, match="no sequence classifier for the architecture 'granite'") as caught:
         classifier_class(GraniteConfig())
-    assert "completion" in caught.value.fix
+    assert "head: words" in caught.value.fix
 
 
 # -- adapters that peft made

@@ -50,6 +50,27 @@ def test_shown_rows_mark_supervised_tokens_and_special_ones(tmp_path: Path, tiny
     assert "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n«Good morning, Zoë<|im_end|>»" in result.output
 
 
+def test_several_labels_a_text_are_told_shown_and_never_guessed(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [
+        {"text": "wet 💧", "label": ["plumbing", "noise"]},
+        {"text": "dark", "label": []},
+        {"text": "x", "label": "noise"},
+    ]
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    result = run(path, "--base", tiny_llama)
+    assert result.exit_code == 2
+    assert "multiple: true" in result.output
+    several = "task={type: classification, multiple: true}"
+    whole = ("--set", "data.validation=null")
+    result = run(path, "--base", tiny_llama, "--set", several, *whole, "--show", 3)
+    assert result.exit_code == 0, result.output
+    assert "any number of labels, none included (task.multiple)" in result.output
+    assert "-> noise, plumbing" in result.output
+    values = json.loads(run(path, "--base", tiny_llama, "--set", several, "--show", 3, *whole, "--json").output)
+    assert [sample["label"] for sample in values["samples"]] == [["noise", "plumbing"], [], ["noise"]]
+    assert values["train"]["classes"] == {"noise": 2, "plumbing": 1}
+
+
 def test_segments_put_together_are_the_whole_text(tiny_llama_bos: Path) -> None:
     renderer = Renderer.load(tiny_llama_bos)
     task = ChatTask()

@@ -66,6 +66,21 @@ def test_labelled_texts_become_a_classification_recipe(columns: list[str], task:
     assert recipe.data.fields == fields
 
 
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_lists_of_labels_become_a_recipe_of_several_a_text(column: str, ending: str) -> None:
+    lists = [["wet", "dark"], [], ["wet"], ["dark"], ["wet", "dark"], ["dark"]]
+    if ending == "jsonl":
+        name = _write_jsonl("rows.jsonl", [{"text": f"room {n}", column: found} for n, found in enumerate(lists)])
+    else:
+        rows = [[f"room {n}", json.dumps(found)] for n, found in enumerate(lists)]
+        name = _write_csv("rows.csv", ["text", column], rows)
+    recipe = _init("--yes", "--data", name)
+    assert recipe.task.type == "classification"
+    assert recipe.task.multiple
+    assert recipe.data.fields == ({} if column == "label" else {"label": "labels"})
+
+
 def test_questions_and_answers_become_a_chat_recipe_with_mapped_columns() -> None:
     rows = [{"id": number, "question": f"{number} + 1?", "answer": f"It is {number + 1}."} for number in range(20)]
     recipe = _init("--yes", "--data", _write_jsonl("qa.jsonl", rows))

@@ -54,7 +54,8 @@ def make_examples() -> Callable[..., list[Example]]:
     def make(num: int, seed: int, *, longest: int = 44, classes: int = 0, head: str = "sequence") -> list[Example]:
         """Random examples, some longer than the sliding window (24) and than LongRoPE's short class (32).
 
-        With `classes` each has one, or with a token head a tag at some of its tokens, the last included.
+        With `classes` each has one, or with a token head a tag at some of its tokens, the last included, or with a
+        multilabel head any number of them.
         """
         random = np.random.default_rng(seed)
         examples = []
@@ -68,6 +69,10 @@ def make_examples() -> Callable[..., list[Example]]:
                 tags = random.integers(classes, size=length).astype(np.int32)
                 tags[:-1][random.random(length - 1) < 0.5] = NO_CLASS
                 examples.append(Example(tokens, weights, row=row, tags=tags))
+                continue
+            if head == "multilabel":
+                flags = random.integers(2, size=classes).astype(np.uint8)
+                examples.append(Example(tokens, weights, row=row, class_flags=flags))
                 continue
             examples.append(Example(tokens, weights, int(random.integers(classes)) if classes else -1, row))
         return examples
@@ -86,6 +91,7 @@ KINDS = {
     7: AdapterSpec(rank=3, alpha=6.0, init="pissa", lora_plus_ratio=2.0),
     8: AdapterSpec(rank=3, alpha=6.0, targets=("o_proj", "down_proj"), num_classes=5, head="token"),
     9: AdapterSpec(rank=4, alpha=8.0),
+    10: AdapterSpec(rank=2, alpha=4.0, targets=("o_proj", "down_proj"), num_classes=4, head="multilabel"),
 }
 """Quite different slots: every method, with and without dropout, on all layers and on some, with each kind of head."""
 
@@ -113,6 +119,7 @@ def train_of(kind: int) -> TrainSpec:
         TrainSpec(epochs=2, batch_size=5, learning_rate=1e-2, micro_batch_tokens=64, weight_decay=0.1, seed=9),
         # Gradients of pairs are differences, whose rounding Adam magnifies: a smaller rate keeps float32 within bounds.
         TrainSpec(epochs=2, batch_size=4, learning_rate=1e-3, micro_batch_tokens=150, weight_decay=0.1, seed=10),
+        TrainSpec(epochs=2, batch_size=4, learning_rate=1e-2, micro_batch_tokens=64, weight_decay=0.1, seed=11),
     ][kind]
 
 

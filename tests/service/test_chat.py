@@ -169,6 +169,26 @@ def test_a_classifier_predicts_and_does_not_chat(client: openai.OpenAI) -> None:
         client.post("/luthier/predict", cast_to=httpx.Response, body={"model": BASE, "input": "x"})
 
 
+def test_a_model_of_several_labels_predicts_them_from_its_threshold_on(client: openai.OpenAI) -> None:
+    warm, dim = {"red", "bright"}, {"dim", "red"}
+    rows = [
+        {"text": f"{w} lamp", "label": [name for name, words in (("warm", warm), ("dim", dim)) if w in words]}
+        for w in ("red", "blue", "dim", "bright")
+    ] * 5
+    content = "\n".join(map(json.dumps, rows)).encode()
+    file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
+    task = {"type": "classification", "multiple": True, "threshold": 0.4}
+    own = {"task": task, "train": {"epochs": 25.0, "learning_rate": 5e-3}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
+    done = wait_for(job.id, client)
+    assert done.status == "succeeded", done.error
+    body = {"model": done.fine_tuned_model, "input": ["red lamp", "blue lamp", "dim lamp"]}
+    answer = client.post("/luthier/predict", cast_to=httpx.Response, body=body).json()
+    assert [sorted(row["labels"]) for row in answer["data"]] == [["dim", "warm"], [], ["dim"]]
+    for row in answer["data"]:
+        assert set(row["labels"]) == {label for label, p in row["probabilities"].items() if p >= 0.4}
+
+
 def test_a_tuned_model_answers_as_it_was_tuned(client: openai.OpenAI) -> None:
     rows = [{"messages": [*ASK, {"role": "assistant", "content": "door"}]}] * 12
     content = "\n".join(map(json.dumps, rows)).encode()

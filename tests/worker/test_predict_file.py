@@ -52,6 +52,19 @@ TASKS: dict[str, tuple[Any, list[dict[str, Any]], set[str]]] = {
         [{"text": f"far {p}", "label": ["near", "far"][n % 2]} for n, p in enumerate(PLACES)],
         {"label", "probabilities"},
     ),
+    "words": (
+        {"type": "classification", "head": "words", "calibration": "prior", "words": {"near": "close by"}},
+        [{"text": f"far {p}", "label": ["near", "far", "far 😀"][n % 3]} for n, p in enumerate(PLACES)],
+        {"label", "probabilities"},
+    ),
+    "labels": (
+        {"type": "classification", "multiple": True, "threshold": 0.45},
+        [
+            {"text": f"far {p}", "label": [["near", "far 😀"], "far 😀", [], ["遠い"]][n % 4]}
+            for n, p in enumerate(PLACES)
+        ],
+        {"labels", "probabilities"},
+    ),
     "tagging": (
         "tagging",
         [{"tokens": ["in", *p.split()], "tags": ["O", "B-place", *["O"] * (len(p.split()) - 1)]} for p in PLACES],
@@ -70,6 +83,8 @@ METRICS = {
     "choices": {"f1", "exact_match", "accuracy", "macro_f1"},
     "translation": {"chrf", "bleu"},
     "classification": {"accuracy", "macro_f1"},
+    "words": {"accuracy", "macro_f1", "token_accuracy", "perplexity"},
+    "labels": {"micro_f1", "macro_f1", "subset_accuracy"},
     "tagging": {"f1", "precision", "recall", "tag_accuracy"},
     "spans": {"f1", "recall", "tag_accuracy"},
     "text": {"perplexity"},
@@ -106,12 +121,15 @@ def test_a_task_is_trained_judged_and_predicted_for(name: str, tiny_llama: Path,
     for who in ("base", "tuned"):
         assert METRICS.get(name, {"exact_match"}) <= scores[who].keys() | ({"precision"} & METRICS.get(name, set()))
         assert scores[who]["loss"]["value"] > 0
-    assert ("signatures" in scores) == (name == "translation")
-    assert ("parts" in scores) == (name in ("tagging", "spans"))
+    assert ("signatures" in scores) == (name in ("translation", "labels", "words"))
+    assert ("parts" in scores) == (name in ("tagging", "spans", "labels"))
     report = (run / "report.html").read_text()
     assert "</html>" in report
     assert ("By type" in report) == (name in ("tagging", "spans"))
     assert ("chrf: nrefs" in report) == (name == "translation")
+    assert ("By label" in report) == ("probability of 0.45 or more" in report) == (name == "labels")
+    assert ("What is mistaken for what" in report) == (name in ("classification", "words"))
+    assert ("luthier chat" in report) == (name not in ("classification", "labels", "tagging", "spans"))
     if name != "text":
         lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
         assert len(lines) == len(rows)
@@ -131,7 +149,7 @@ def test_a_task_is_trained_judged_and_predicted_for(name: str, tiny_llama: Path,
 
 def test_predictions_are_those_that_were_judged(tiny_llama: Path, tmp_path: Path) -> None:
     """The run's own predictions of the held-out rows, and `predict` on the same rows."""
-    for name in ("classification", "tagging", "translation"):
+    for name in ("classification", "words", "labels", "tagging", "translation"):
         task, rows, _ = TASKS[name]
         folder = tmp_path / name
         folder.mkdir()
@@ -141,8 +159,13 @@ def test_predictions_are_those_that_were_judged(tiny_llama: Path, tmp_path: Path
         lines = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
         if name == "tagging":
             found = ["\n".join(f"{s['text']} [{s['label']}]" for s in line["spans"]) for line in lines]
+        elif name == "labels":
+            found = [", ".join(sorted(line["labels"])) or "(none)" for line in lines]
+            for line in lines:
+                assert line["probabilities"].keys() == {"near", "far 😀", "遠い"}
+                assert line["labels"] == [label for label, p in line["probabilities"].items() if p >= 0.45]
         else:
-            found = [line["label" if name == "classification" else name] for line in lines]
+            found = [line["label" if name in ("classification", "words") else name] for line in lines]
         assert found == judged
 
 
@@ -177,16 +200,16 @@ def test_other_columns_are_mapped_in_training_and_in_predicting(tiny_llama: Path
     assert predict_file(run, questions, tmp_path / "out.jsonl", max_new_tokens=3).num_errors == 0
 
 
-@pytest.mark.parametrize("name", ["classification", "tagging"])
+@pytest.mark.parametrize("name", ["classification", "labels", "tagging"])
 def test_labels_in_test_that_are_not_in_train_are_told_by_line(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     task, rows, _ = TASKS[name]
-    extra = {"text": "x", "label": "middling"} if name == "classification" else {"tokens": ["x"], "tags": ["B-river"]}
+    extra = {"tokens": ["x"], "tags": ["B-river"]} if name == "tagging" else {"text": "x", "label": "middling"}
     held = write(tmp_path / "other.jsonl", [*rows, extra])
     with pytest.raises(DataError, match=rf"other\.jsonl, line {len(rows) + 1}.*(middling|river)"):
         trained(tiny_llama, tmp_path, task, rows, data={"validation": str(held)})
 
 
-@pytest.mark.parametrize("name", ["qa", "translation", "tagging", "classification"])
+@pytest.mark.parametrize("name", ["qa", "translation", "tagging", "classification", "labels"])
 def test_an_empty_split_is_told(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     task, rows, _ = TASKS[name]
     blank = tmp_path / "blank.jsonl"
@@ -205,6 +228,94 @@ def test_a_tagger_of_an_exclusive_method_predicts_what_was_judged(
     predict_file(run, tmp_path / "held.jsonl", tmp_path / "out.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert ["\n".join(f"{s['text']} [{s['label']}]" for s in line["spans"]) for line in lines] == judged
+
+
+@pytest.mark.parametrize("method", [{"type": "lora", "rank": 2}, {"type": "full"}, {"type": "lokr"}])
+def test_labels_reload_without_luthier_with_equal_probabilities(
+    method: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    task, rows, _ = TASKS["labels"]
+    run = trained(tiny_llama, tmp_path, task, rows, method=method)
+    predict_file(run, tmp_path / "held.jsonl", tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    folders = [run / "model"] if method["type"] == "full" else [run / "adapter", tmp_path / "merged"]
+    if method["type"] != "full":
+        luthier.export_run(run, output=tmp_path / "merged")
+    for folder in folders:
+        if folder.name == "adapter":
+            config = AutoConfig.from_pretrained(folder, subfolder="classifier")
+            plain = AutoModelForSequenceClassification.from_pretrained(tiny_llama, config=config)
+            model = PeftModel.from_pretrained(plain, folder).eval()
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        config = model.config
+        assert (config.problem_type, config.label_threshold) == ("multi_label_classification", 0.45)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for row, line in zip(rows, lines, strict=True):
+            with torch.inference_mode():
+                probabilities = model(**tokenizer(row["text"], return_tensors="pt")).logits[0].sigmoid().tolist()
+            found = {config.id2label[k]: p for k, p in enumerate(probabilities)}
+            assert line["probabilities"] == pytest.approx(found, abs=2e-5)
+
+
+def test_a_text_without_any_label_in_the_file_is_no_data(tiny_llama: Path, tmp_path: Path) -> None:
+    task, _, _ = TASKS["labels"]
+    with pytest.raises(DataError, match="holds a label"):
+        trained(tiny_llama, tmp_path, task, [{"text": p, "label": []} for p in PLACES])
+
+
+@pytest.mark.parametrize("calibration", ["none", "prior"])
+@pytest.mark.parametrize("base", ["tiny_llama", "tiny_llama_bos", "plain"])
+def test_labels_by_words_are_scored_as_transformers_scores_each(
+    base: str, calibration: str, request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """With BOS, and on a base without a chat template."""
+    import shutil
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from luthier.data.template import Renderer
+    from luthier.tasks.classification.schema import ClassificationConfig
+    from luthier.tasks.registry import task_for
+
+    if base == "plain":
+        folder = tmp_path / "plain"
+        shutil.copytree(tiny_llama, folder)
+        (folder / "chat_template.jinja").unlink()
+    else:
+        folder = request.getfixturevalue(base)
+    task, rows, _ = TASKS["words"]
+    task = {**task, "calibration": calibration}
+    run = trained(folder, tmp_path, task, rows)
+    predict_file(run, tmp_path / "held.jsonl", tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    renderer = Renderer.load(run / "adapter")
+    assert renderer.can_chat == (base != "plain")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), run / "adapter").eval()
+    labels = ["far", "far 😀", "near"]
+    plain: Any = task_for(ClassificationConfig(**task)).with_labels(labels)
+
+    @torch.inference_mode()
+    def scores(text: str) -> torch.Tensor:
+        found = []
+        for label in labels:
+            (example,) = plain.examples(plain.parse({"text": text, "label": label}), renderer, 192)
+            ids = torch.from_numpy(example.tokens.astype("int64"))[None]
+            logprobs_LV = model(input_ids=ids).logits[0].double().log_softmax(dim=-1)
+            at = torch.from_numpy(example.weights > 0).nonzero()[:, 0]
+            found.append(logprobs_LV[at - 1, ids[0, at]].sum())
+        return torch.stack(found)
+
+    prior = scores("N/A") if calibration == "prior" else 0.0
+    for row, line in zip(rows, lines, strict=True):
+        wanted = (scores(row["text"]) - prior).softmax(dim=0).tolist()
+        assert line["probabilities"] == pytest.approx(dict(zip(labels, wanted, strict=True)), abs=1e-4)
 
 
 def test_a_tagger_is_exported_whole(tiny_llama: Path, tmp_path: Path) -> None:

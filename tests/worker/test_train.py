@@ -253,18 +253,33 @@ def test_an_adapter_to_go_on_from_leaves_no_room_for_another_start(tiny_llama: P
 
 
 def test_a_head_of_another_kind_is_not_gone_on_from(tiny_llama: Path, tmp_path: Path) -> None:
-    """Three classes and three tags are heads of one size."""
+    """Three classes, three labels and three tags are heads of one size."""
     classified = [{"text": f"{word} {other}", "label": word} for word in WORDS[:3] for other in WORDS[3:]]
+    several = {"type": "classification", "multiple": True}
     tagged = [{"tokens": ["in", word], "tags": ["O", "B-place"]} for word in WORDS]
     recipes = []
-    for task, rows in (("classification", classified), ("tagging", tagged)):
-        data = tmp_path / f"{task}-rows.jsonl"
+    for name, task, rows in (
+        ("one", "classification", classified),
+        ("tags", "tagging", tagged),
+        ("several", several, classified),
+    ):
+        data = tmp_path / f"{name}-rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        recipes.append(recipe_for(tiny_llama, tmp_path, task, task=task, train={"max_steps": 1}))
+        recipes.append(recipe_for(tiny_llama, tmp_path, name, task=task, train={"max_steps": 1}))
         recipes[-1]["data"] = {"train": str(data)}
     first = luthier.train(recipes[0])
-    with pytest.raises(RecipeError, match="3 classes"):
+    with pytest.raises(RecipeError, match=r"says one class of each text, and .* says a tag of each token"):
         luthier.train(recipes[1] | {"start_from": str(first.folder)})
+    with pytest.raises(
+        RecipeError, match=r"(?s)one class of each text, .* any number of labels of each text.*task\.multiple"
+    ):
+        luthier.train(recipes[2] | {"start_from": str(first.folder), "output": str(tmp_path / "on")})
+    luthier.train(recipes[2])
+    assert luthier.train(recipes[2] | {"start_from": recipes[2]["output"], "output": str(tmp_path / "on")})
+    method = {"type": "lokr", "rank": 4, "targets": ["q_proj"]}
+    own = luthier.train(recipes[0] | {"method": method, "output": str(tmp_path / "own")})
+    with pytest.raises(RecipeError, match="any number of labels of each text"):
+        luthier.train(recipes[2] | {"method": method, "start_from": str(own.folder), "output": str(tmp_path / "last")})
 
 
 def test_an_adapter_of_pefts_own_is_imported_continued_and_chatted_with(tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.base.folder import read_json
-from luthier.errors import ModelError
+from luthier.errors import ModelError, RecipeError
 from luthier.methods.file_format import FileFormat, by_pattern
 from luthier.methods.formats import FORMATS
-from luthier.types import AdapterSpec, HeadKind
+from luthier.types import HEAD_SAYINGS, AdapterSpec, HeadKind
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
@@ -23,6 +23,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 HEADS: dict[str, HeadKind] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}
 """PEFT's task types with a head."""
+CLASSIFIER_FOLDER = "classifier"
+"""Where a head's config stands, beside the adapter."""
+MULTILABEL = "multi_label_classification"
+"""transformers' `problem_type` of a head that says any number of labels."""
 TASK_TYPES = (None, "CAUSAL_LM", *HEADS)
 HEAD_NAMES = ("score", "classifier")
 """What transformers calls the head of a classifier."""
@@ -60,6 +64,7 @@ class AdapterFiles:
         new_tokens: Token ids with trained embedding rows.
         task_type: PEFT's, or None.
         num_classes: Rows of the head, or None.
+        head: What the head says a class of; None without one.
         shapes: Tensor name as in the file -> its shape.
         dtypes: Tensor name -> the safetensors type, as in "F32".
     """
@@ -74,6 +79,7 @@ class AdapterFiles:
     new_tokens: tuple[int, ...]
     task_type: str | None
     num_classes: int | None
+    head: HeadKind | None
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
 
@@ -106,7 +112,7 @@ class AdapterFiles:
             modules_to_save=self.modules_to_save,
             new_tokens=self.new_tokens,
             num_classes=self.num_classes,
-            head=HEADS.get(self.task_type or "", "sequence"),
+            head=self.head or "sequence",
         )
 
 
@@ -138,8 +144,39 @@ def read_adapter(folder: Path) -> AdapterFiles:
         new_tokens=_new_tokens(folder, config),
         task_type=task_type,
         num_classes=_num_classes(folder, shapes) if task_type in HEADS else None,
+        head=read_head_kind(folder, task_type),
         shapes=shapes,
         dtypes=dtypes,
+    )
+
+
+def read_head_kind(folder: Path, task_type: str | None) -> HeadKind | None:
+    """What the head of an adapter's folder says a class of; None for an adapter without one.
+
+    Args:
+        task_type: PEFT's word. Both kinds of heads on whole sequences have one; the classifier's config tells them
+            apart, and an adapter from elsewhere without such a config is of one class a sequence.
+    """
+    kind = HEADS.get(task_type or "")
+    config = folder / CLASSIFIER_FOLDER / "config.json"
+    if kind == "sequence" and config.is_file() and read_json(config).get("problem_type") == MULTILABEL:
+        return "multilabel"
+    return kind
+
+
+def check_same_head(start: str, found: HeadKind | None, asked: HeadKind | None) -> None:
+    """Refuse to go on from a head with one of another kind; None stands for no head.
+
+    Raises:
+        RecipeError: saying what each of the two says.
+    """
+    if found is None or asked is None or found == asked:
+        return
+    raise RecipeError(
+        f"start_from: the head of {start} says {HEAD_SAYINGS[found]}, and the recipe's task trains one that says "
+        f"{HEAD_SAYINGS[asked]}",
+        "an adapter whose head says the same",
+        "set the task as it was when the adapter was trained (task.multiple), or leave start_from out to begin anew",
     )
 
 

@@ -120,10 +120,18 @@ class FastBody:
         normal_TD: Tensor = FrozenNorm.apply(hidden_TD, weight_D, self._final_eps)  # type: ignore[no-untyped-call]
         return normal_TD if live is None else normal_TD.index_select(0, live.row_of_T)
 
-    def _live_rows(self, batch: PackedBatch, only_scored: bool) -> LiveRows | None:
-        """The rows to compute, where the attention can follow them: on a CPU, without windows that cut."""
+    def shares_rows(self, routing: Routing, longest: int) -> bool:
+        """Whether rows in common are computed once for sequences of these slots, up to so many tokens."""
+        return self._follows((longest,)) and self.slots_for(routing) is not None
+
+    def _follows(self, lengths: tuple[int, ...]) -> bool:
+        """Whether the attention can follow shared rows: on a CPU, without windows that cut."""
         windows = {block.window for block in self.blocks}
-        if not all(cpu_attention.serves(self._anchor, batch.lengths, window) for window in windows):
+        return all(cpu_attention.serves(self._anchor, lengths, window) for window in windows)
+
+    def _live_rows(self, batch: PackedBatch, only_scored: bool) -> LiveRows | None:
+        """The rows to compute, where the attention can follow them."""
+        if not self._follows(batch.lengths):
             return None
         limit = self.base.longrope_limit
         return find_live_rows(

@@ -198,6 +198,12 @@ class Base:
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return Forward(self._flat(hidden, at_T), None)
 
+    def shares_rows(self, slot: int, longest: int) -> bool:
+        """Whether a forward computes once what sequences of the slot, up to so many tokens, have in common at first."""
+        if self.fast_body is None or not self.is_packed or not self.head_is_plain:
+            return False
+        return self.fast_body.shares_rows(Routing((Segment(slot, 0, 1),)), longest)
+
     def _forward_with_head(
         self, inputs: dict[str, Any], keep_P: Tensor, at_T: Tensor | None, batch: PackedBatch
     ) -> Forward:

@@ -60,13 +60,14 @@ def save_checkpoint(
     base_name: str,
     labels: Sequence[str] | None = None,
     pad_token_id: int | None = None,
+    threshold: float | None = None,
 ) -> Path:
     """Save a job between two steps; a checkpoint of the same step gives way once the new one is whole.
 
     Args:
         root: Folder of the run's checkpoints.
         extra: The caller's own JSON values; `load_checkpoint` gives them back.
-        base_name, labels, pad_token_id: As `write_adapter` takes them.
+        base_name, labels, pad_token_id, threshold: As `write_adapter` takes them.
 
     Raises:
         ValueError: in the middle of an optimizer batch.
@@ -77,7 +78,15 @@ def save_checkpoint(
     folder = checkpoint_folder(root, job.step)
     aside = folder.with_name(f".{folder.name}-aside")
     with _named(folder), atomic_folder(folder) as temporary:
-        write_slot(job.slot, base, temporary, base_name=base_name, labels=labels, pad_token_id=pad_token_id)
+        write_slot(
+            job.slot,
+            base,
+            temporary,
+            base_name=base_name,
+            labels=labels,
+            pad_token_id=pad_token_id,
+            threshold=threshold,
+        )
         write_tensors(temporary / OPTIMIZER_FILE, job.optimizer.state())
         state = {
             "format": FORMAT,

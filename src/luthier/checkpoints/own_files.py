@@ -74,13 +74,14 @@ def write_result(
     base_name: str,
     labels: Sequence[str] | None = None,
     pad_token_id: int | None = None,
+    threshold: float | None = None,
 ) -> None:
     """Write what the job made: a whole model, or peft's adapter files.
 
     Args:
         folder: Made if need be. Not replaced as a whole: use `luthier.files.atomic_folder` around this.
         base_name: What an adapter's files call the base.
-        labels, pad_token_id: As `peft_format.write_adapter` takes them.
+        labels, pad_token_id, threshold: As `peft_format.write_adapter` takes them.
 
     Raises:
         StorageError: where writing fails.
@@ -88,11 +89,19 @@ def write_result(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(base, PeftBase):
-            _write_adapter(base, folder, base_name, labels, pad_token_id)
+            _write_adapter(base, folder, base_name, _classes(base, labels, pad_token_id, threshold))
         elif base.slot.head is not None:
-            _write_classifier(base, folder, labels, pad_token_id)
+            _write_classifier(base, folder, _classes(base, labels, pad_token_id, threshold))
         else:
             _write_model(base, folder)
+
+
+def _classes(base: OwnBase, labels: Sequence[str] | None, pad_token_id: int | None, threshold: float | None) -> Any:
+    """The config of the head; None without one."""
+    head = base.slot.head
+    if head is None:
+        return None
+    return classifier_config(base, head.out_features, labels, pad_token_id, base.slot.spec.head, threshold)
 
 
 # -- own weights
@@ -114,16 +123,14 @@ def _write_model(base: OwnBase, folder: Path) -> None:
         shutil.copyfile(base.folder / GENERATION_FILE, folder / GENERATION_FILE)
 
 
-def _write_classifier(base: OwnBase, folder: Path, labels: Sequence[str] | None, pad_token_id: int | None) -> None:
+def _write_classifier(base: OwnBase, folder: Path, config: Any) -> None:
     """The body with the head, as transformers' classifier of the architecture."""
     head = base.slot.head
     assert head is not None
-    kind = base.slot.spec.head
-    config = classifier_config(base, head.out_features, labels, pad_token_id, kind)
     config.dtype = base.dtype
     model = base.as_transformers()
     with torch.device("meta"):
-        classifier: Any = classifier_class(config, kind)(config)
+        classifier: Any = classifier_class(config, base.slot.spec.head)(config)
     classifier.to(base.dtype)
     own = classifier.state_dict()
     state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
@@ -135,9 +142,7 @@ def _write_classifier(base: OwnBase, folder: Path, labels: Sequence[str] | None,
 # -- methods of peft
 
 
-def _write_adapter(
-    base: PeftBase, folder: Path, base_name: str, labels: Sequence[str] | None, pad_token_id: int | None
-) -> None:
+def _write_adapter(base: PeftBase, folder: Path, base_name: str, classes: Any) -> None:
     hooks = base.slot.method_hooks
     if isinstance(hooks, AdaloraHooks):
         hooks.keep_what_is_left()
@@ -151,8 +156,6 @@ def _write_adapter(
     (folder / "README.md").unlink(missing_ok=True)  # the run has a card of its own
     if base.slot.head is not None:
         _add_head(base, folder)
-        spec = base.slot.spec
-        classes = classifier_config(base, base.slot.head.out_features, labels, pad_token_id, spec.head)
         classes.save_pretrained(str(folder / CLASSIFIER_FOLDER))
 
 

@@ -14,6 +14,8 @@ A language-modelling adapter loads with `PeftModel.from_pretrained(model, folder
   gives equal logits; so does `PeftModel.from_pretrained(base, folder)` over a base that was loaded with that config.
   transformers pools at the last token that is not the padding token; a text never ends in it, so that is the text's
   last token, alone or in a right-padded batch. A token head loads likewise, with `AutoModelForTokenClassification`.
+  A head of any number of labels is a sequence head whose config has `problem_type: multi_label_classification` and,
+  beyond what transformers reads, the probability from which on a label is given (`label_threshold`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from luthier.base.adapter_files import WEIGHTS_FILE
+from luthier.base.adapter_files import CLASSIFIER_FOLDER, MULTILABEL, WEIGHTS_FILE
 from luthier.base.identity import write_trained_over
 from luthier.base.load import Base
 from luthier.checkpoints.peft_names import HEAD, module_names, to_peft
@@ -38,15 +40,30 @@ from luthier.errors import ModelError, RecipeError
 from luthier.files import writing
 from luthier.methods.formats import FORMATS
 from luthier.methods.registry import METHODS
-from luthier.types import HeadKind
+from luthier.types import DEFAULT_THRESHOLD, HeadKind
 
 __all__ = ["check_writable", "classifier_config", "load_values", "peft_config", "slot_from_adapter", "write_adapter"]
 
-CLASSIFIER_FOLDER = "classifier"
-TASK_TYPES: dict[HeadKind, str] = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+TASK_TYPES: dict[HeadKind, str] = {"sequence": "SEQ_CLS", "multilabel": "SEQ_CLS", "token": "TOKEN_CLS"}
 """PEFT's words for the kinds of heads."""
 NO_TARGETS = "dummy-target-modules"
 """PEFT's own word for an adapter that adapts no layer, but trains modules in full."""
+
+_PROBLEM_TYPES: dict[HeadKind, str | None] = {
+    "sequence": "single_label_classification",
+    "multilabel": MULTILABEL,
+    "token": None,
+}
+_CLASSIFIERS: dict[HeadKind, str] = {
+    "sequence": "sequence classifier",
+    "multilabel": "sequence classifier",
+    "token": "token classifier",
+}
+_ANOTHER_WAY: dict[HeadKind, str] = {
+    "sequence": "use `task: {type: classification, head: words}`, or another base",
+    "multilabel": "use another base",
+    "token": "use another base",
+}
 
 
 def write_adapter(
@@ -57,6 +74,7 @@ def write_adapter(
     base_name: str,
     labels: Sequence[str] | None = None,
     pad_token_id: int | None = None,
+    threshold: float | None = None,
     revision: str | None = None,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors, and for a head classifier/config.json.
@@ -68,6 +86,7 @@ def write_adapter(
         base_name: What the files call the base: a Hub id, or a path.
         labels: Names of the classes of a slot with a sequence head, in their order; None numbers them.
         pad_token_id: The padding token of the tokenizer; None takes the base's config's, else its EOS.
+        threshold: The probability from which on a multilabel head's label is given; None for one half.
         revision: The base's revision on the Hub.
 
     Raises:
@@ -79,7 +98,7 @@ def write_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         peft_config(slot, base, base_name, revision).save_pretrained(str(folder))
         if slot.head is not None:
-            config = classifier_config(base, slot.head.out_features, labels, pad_token_id, slot.spec.head)
+            config = classifier_config(base, slot.head.out_features, labels, pad_token_id, slot.spec.head, threshold)
             config.save_pretrained(str(folder / CLASSIFIER_FOLDER))
     write_tensors(folder / WEIGHTS_FILE, to_peft(slot, base.bank))
     key = base.key()
@@ -142,11 +161,12 @@ def classifier_config(
     labels: Sequence[str] | None = None,
     pad_token_id: int | None = None,
     kind: HeadKind = "sequence",
+    threshold: float | None = None,
 ) -> Any:
     """The base's config with the classes, and with the padding token that transformers' pooling needs.
 
     Args:
-        labels, pad_token_id: As in `write_adapter`.
+        labels, pad_token_id, threshold: As in `write_adapter`.
         kind: What the head says a class of.
 
     Raises:
@@ -160,7 +180,9 @@ def classifier_config(
         raise ModelError(f"{len(names)} labels for a head of {num_classes} classes", "one label a class")
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    config.problem_type = "single_label_classification" if kind == "sequence" else None
+    config.problem_type = _PROBLEM_TYPES[kind]
+    if kind == "multilabel":
+        config.label_threshold = DEFAULT_THRESHOLD if threshold is None else threshold
     config.architectures = [classifier_class(config, kind).__name__]
     text = config.get_text_config()
     text.pad_token_id = next(
@@ -178,15 +200,13 @@ def classifier_class(config: Any, kind: HeadKind = "sequence") -> type[nn.Module
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
     classes: Any = (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if kind == "sequence" else MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING if kind == "token" else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     )
     if type(config) not in classes:
         raise RecipeError(
-            f"task: transformers has no {kind} classifier for the architecture {config.model_type!r}",
+            f"task: transformers has no {_CLASSIFIERS[kind]} for the architecture {config.model_type!r}",
             "an architecture with one, such as llama, mistral, qwen3, phi3 or gemma",
-            "use `task: completion` with the label as completion, or another base"
-            if kind == "sequence"
-            else "use another base",
+            _ANOTHER_WAY[kind],
         )
     return cast(type[nn.Module], classes[type(config)])
 
@@ -196,7 +216,9 @@ def head_kind(config: Any) -> HeadKind | None:
     names = (getattr(config, "architectures", None) or ()) if config is not None else ()
     if any("TokenClassification" in name for name in names):
         return "token"
-    return "sequence" if any("SequenceClassification" in name for name in names) else None
+    if not any("SequenceClassification" in name for name in names):
+        return None
+    return "multilabel" if config.problem_type == MULTILABEL else "sequence"
 
 
 def _check_classifier(slot: Slot, base: Base) -> None:
@@ -206,9 +228,9 @@ def _check_classifier(slot: Slot, base: Base) -> None:
     kind = slot.spec.head
     if not _has_plain_head(classifier_class(base.config, kind), base.config):
         raise RecipeError(
-            f"task: transformers' {kind} classifier for {base.config.model_type!r} has more than a plain head",
+            f"task: transformers' {_CLASSIFIERS[kind]} for {base.config.model_type!r} has more than a plain head",
             "an architecture such as llama, mistral, qwen3, phi3 or gemma",
-            "use `task: completion` with the label as completion, or another base",
+            _ANOTHER_WAY[kind],
         )
 
 

@@ -24,12 +24,15 @@ def write_slot(
     base_name: str,
     labels: Sequence[str] | None = None,
     pad_token_id: int | None = None,
+    threshold: float | None = None,
 ) -> None:
     """Write a slot so that `read_slot` restores it to the bit; arguments and errors as `write_adapter`."""
     if isinstance(slot, OwnSlot):
         write_trained(slot, folder)
     else:
-        write_adapter(slot, base, folder, base_name=base_name, labels=labels, pad_token_id=pad_token_id)
+        write_adapter(
+            slot, base, folder, base_name=base_name, labels=labels, pad_token_id=pad_token_id, threshold=threshold
+        )
 
 
 def read_slot(slot: Slot | OwnSlot, base: Base, folder: Path) -> None:

@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.text import Text
 
 from luthier.cli.console import err, facts_table, out, print_json, quiet_libraries
-from luthier.data.check import CheckedRow, check_data, train_files
+from luthier.data.check import CheckedRow, Sink, check_data, train_files
 from luthier.data.files import open_rows
 from luthier.data.lines import LineProblem, Row
+from luthier.data.replay import replay_data
 from luthier.data.report import DataReport, PartReport
 from luthier.data.template import Renderer
 from luthier.data.warn import count_rows
 from luthier.errors import DataError
-from luthier.recipe import Recipe, load_recipe
+from luthier.recipe import DataConfig, Recipe, load_recipe
+from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.registry import task_for
 from luthier.tasks.shapes import FORMATS, recognize
 from luthier.types import NO_CLASS, Example
@@ -56,18 +58,27 @@ def check_command(
         if target.suffix.lower() in RECIPE_ENDINGS:
             _check_method(recipe, folder)
     samples = _Samples(show)
-    report = _check_with_progress(recipe, renderer, samples)
+    general = replay_data(recipe.data, task_for(recipe.task))
+    report = _check_with_progress(recipe, recipe.data, renderer, samples.take)
+    replay = None if general is None else _check_with_progress(recipe, general, renderer)
     if json_output:
         values = {"base": None if no_base else recipe.base, **report.to_json()}
+        if replay is not None:
+            values |= {"replay": replay.to_json(), "trainable": not (report.num_problems or replay.num_problems)}
         shown = [sample for row in samples.rows for sample in _sample_as_json(row, renderer, report)]
         print_json({**values, "samples": shown} if show else values)
     else:
         console = out()
         _print_report(console, report, recipe, is_guessed)
+        if replay is not None:
+            _print_replay(console, replay, recipe)
         for row in samples.rows:
             _print_sample(console, row, renderer, report)
         _print_verdict(console, report)
-    if report.num_problems:
+        if replay is not None and (replay.num_problems or replay.warnings):
+            console.print(Text("\nof the replayed text", style="bold"))
+            _print_verdict(console, replay)
+    if report.num_problems or (replay is not None and replay.num_problems):
         raise typer.Exit(DataError.exit_code)
 
 
@@ -126,8 +137,9 @@ def _no_readable_row(path: Path, problem: LineProblem | None) -> DataError:
 
 def _require_files(recipe: Recipe) -> None:
     """Complain of missing and empty files before a base is fetched for them."""
-    held_out = recipe.data.validation
-    for file in [*train_files(recipe.data), *([held_out] if isinstance(held_out, str) else [])]:
+    held_out, replay = recipe.data.validation, replay_data(recipe.data, task_for(recipe.task))
+    replayed = train_files(replay) if replay is not None else []
+    for file in [*train_files(recipe.data), *([held_out] if isinstance(held_out, str) else []), *replayed]:
         open_rows(file)
 
 
@@ -146,16 +158,18 @@ def _check_method(recipe: Recipe, folder: Path) -> None:
         check_method(recipe, folder)
 
 
-def _check_with_progress(recipe: Recipe, renderer: Renderer | None, samples: _Samples) -> DataReport:
+def _check_with_progress(
+    recipe: Recipe, data: DataConfig, renderer: Renderer | None, sink: Sink | None = None
+) -> DataReport:
     with err().status("reading") as status:
         return check_data(
-            recipe.data,
+            data,
             task_for(recipe.task),
             renderer,
             max_length=recipe.train.max_length,
             truncation=recipe.train.truncation,
             seed=recipe.train.seed,
-            sink=samples.take,
+            sink=sink,
             on_progress=lambda stage, num_rows: status.update(f"{stage}: {num_rows:,} rows"),
         )
 
@@ -163,6 +177,9 @@ def _check_with_progress(recipe: Recipe, renderer: Renderer | None, samples: _Sa
 def _print_report(console: Console, report: DataReport, recipe: Recipe, is_guessed: bool) -> None:
     recognized = "recognized from the columns" if is_guessed or recipe.data.format == "auto" else "as the recipe says"
     facts = [("task", f"{report.task}{' (recognized from the columns)' if is_guessed else ''}")]
+    if isinstance(recipe.task, ClassificationConfig):
+        several = "any number of labels, none included (task.multiple)" if recipe.task.multiple else "one label"
+        facts.append(("each text has", several))
     facts.append(("format", f"{report.format} ({recognized})"))
     if report.tokenized:
         facts.append(("tokens of", recipe.base))
@@ -174,6 +191,15 @@ def _print_report(console: Console, report: DataReport, recipe: Recipe, is_guess
         _print_classes(console, report)
     if report.tokenized and report.train.lengths:
         _print_lengths(console, report.train, recipe.train.max_length)
+
+
+def _print_replay(console: Console, replay: DataReport, recipe: Recipe) -> None:
+    assert recipe.data.replay is not None
+    facts = [("share of the tokens", f"{recipe.data.replay.share:g} (data.replay)")]
+    facts += _part_facts("to replay", replay.train, replay)
+    if replay.validation:
+        facts += _part_facts("held out", replay.validation, replay)
+    console.print(facts_table(", ".join(replay.train.files), facts), soft_wrap=True)
 
 
 def _part_facts(name: str, part: PartReport, report: DataReport) -> list[tuple[str, str]]:
@@ -267,9 +293,16 @@ def _print_sample(console: Console, row: CheckedRow, renderer: Renderer | None, 
             if is_supervised and is_marked:
                 segment = f"«{segment}»"
             text.append(segment, style="not bold green" if is_supervised else "not bold dim")
-        if example.class_index != NO_CLASS:
-            text.append(f"\n-> {report.labels[example.class_index]}", style="green")
+        if (label := _label_of(example, report)) is not None:
+            text.append(f"\n-> {', '.join(label) if isinstance(label, list) else label}", style="green")
         console.print(text, soft_wrap=True)
+
+
+def _label_of(example: Example, report: DataReport) -> str | list[str] | None:
+    """An example's class, or its labels where it may have several; None where it has neither."""
+    if example.class_flags is not None:
+        return [label for label, flag in zip(report.labels, example.class_flags, strict=True) if flag]
+    return None if example.class_index == NO_CLASS else report.labels[example.class_index]
 
 
 def supervised_segments(example: Example, renderer: Renderer) -> list[tuple[str, bool]]:
@@ -300,7 +333,7 @@ def _sample_as_json(row: CheckedRow, renderer: Renderer | None, report: DataRepo
         {
             "place": row.place,
             "num_tokens": example.num_tokens,
-            "label": None if example.class_index == NO_CLASS else report.labels[example.class_index],
+            "label": _label_of(example, report),
             "segments": [{"text": text, "supervised": flag} for text, flag in supervised_segments(example, renderer)],
         }
         for example in row.examples

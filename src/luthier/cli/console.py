@@ -86,6 +86,8 @@ def print_scores(evaluation: Mapping[str, Any], console: Console) -> None:
     print_columns(cells, console, may_drop="change")  # two columns say the change already
     if sentence := headline(evaluation):
         console.print(Text(sentence, style="bold"), soft_wrap=True)
+    if kept := headline(evaluation.get("replay") or {}):
+        console.print(Text(f"General ability kept, by the replayed text: {kept}"), soft_wrap=True)
 
 
 def print_columns(cells: list[list[str]], console: Console, may_drop: str | None = None) -> None:

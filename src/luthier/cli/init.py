@@ -137,7 +137,7 @@ def recipe_text(seen: Survey, chosen: Guess, *, base: str, effort: Effort, run: 
         "# A recipe for `luthier train`. `luthier check` shows what the data holds; every other field has a default,",
         "# which RUN/recipe.yaml writes out.",
         f"base: {_scalar(base)}",
-        f"task: {chosen.task}  # {_TASKS}",
+        f"task: {_task_of(chosen, seen)}  # {_TASKS}",
         "data:",
         f"  train: {_scalar(_path_from(seen.path, folder))}",
         f"  validation: {_scalar(_path_from(held_out, folder))}  # held-out rows, found beside the training rows"
@@ -167,6 +167,12 @@ def recipe_text(seen: Survey, chosen: Guess, *, base: str, effort: Effort, run: 
     text = "\n".join(lines) + "\n"
     load_recipe(yaml.safe_load(text))
     return text
+
+
+def _task_of(chosen: Guess, seen: Survey) -> str:
+    """The task as the recipe names it: labels in lists are several to a text."""
+    is_list = chosen.fields.get("label", "label") in seen.list_columns
+    return "{type: classification, multiple: true}" if chosen.task == "classification" and is_list else chosen.task
 
 
 def _choose_task(seen: Survey, task: str | None, ask: bool) -> Guess:

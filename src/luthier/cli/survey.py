@@ -10,7 +10,7 @@ from typing import Any
 from luthier.data.files import open_rows
 from luthier.data.lines import LineProblem, Row
 from luthier.errors import DataError
-from luthier.tasks.shapes import FORMATS, recognize
+from luthier.tasks.shapes import FORMATS, recognize, unpack_json
 
 MAX_ROWS = 500
 """Rows read for a guess; a file of any size is surveyed in the same time."""
@@ -20,7 +20,18 @@ MIN_ROWS_PER_LABEL = 2.0
 """A column of short texts is taken for labels if each stands in this many rows on average."""
 
 _SYNONYMS = {
-    "label": ("intent", "category", "class", "class_name", "sentiment", "target", "topic", "tag"),
+    "label": (
+        "intent",
+        "category",
+        "class",
+        "class_name",
+        "sentiment",
+        "target",
+        "topic",
+        "tag",
+        "labels",
+        "categories",
+    ),
     "prompt": ("question", "query", "input", "source", "request", "instruction", "user", "context", "text"),
     "completion": ("answer", "response", "output", "reply", "target", "translation", "summary", "assistant"),
     "text": (
@@ -50,7 +61,8 @@ class Survey:
         num_rows: Rows read, at most `MAX_ROWS`.
         columns: Their columns, in the order of appearance.
         problem: The first row that cannot be read, as one line of text; None if all can.
-        label_columns: Columns of short texts or numbers that repeat, as classes do.
+        label_columns: Columns of short texts or numbers, or of lists of them, that repeat, as classes do.
+        list_columns: Columns with a list somewhere.
     """
 
     path: Path
@@ -58,6 +70,7 @@ class Survey:
     columns: tuple[str, ...]
     problem: str | None = None
     label_columns: tuple[str, ...] = ()
+    list_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ def survey(path: Path) -> Survey:
         columns=columns,
         problem=problems[0].message if problems else None,
         label_columns=tuple(name for name in columns if _repeats([row.values.get(name) for row in rows])),
+        list_columns=tuple(name for name in columns if any(_is_list(row.values.get(name)) for row in rows)),
     )
 
 
@@ -143,9 +157,14 @@ def _column_for(meaning: str, columns: tuple[str, ...]) -> str | None:
 
 
 def _repeats(values: list[Any]) -> bool:
-    present = [value for value in values if value is not None and value != ""]
+    items = [unpack_json(value) if _is_list(value) else [value] for value in values]
+    present = [value for found in items for value in found if value is not None and value != ""]
     if not present or not all(isinstance(value, str | int) for value in present):
         return False
     distinct = set(map(str, present))
     short = all(len(text) <= MAX_LABEL_CHARACTERS for text in distinct)
     return short and len(distinct) > 1 and len(present) >= MIN_ROWS_PER_LABEL * len(distinct)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(unpack_json(value), list | tuple)

@@ -185,8 +185,8 @@ class DataCheck:
 
     def _settle_classes(self, classes: Counter[str]) -> None:
         labels = list(self.task.labels) or sorted(classes)
-        if self.task.objective == "token_head":
-            self._settle_types(labels)
+        if self.task.objective in ("token_head", "multilabel_head"):
+            self._settle_any(labels)
         elif len(labels) > 1:
             self.task = self.task.with_labels(labels)
         elif labels and self.report.num_problems:
@@ -199,17 +199,22 @@ class DataCheck:
             )
         self.report.labels = labels
 
-    def _settle_types(self, labels: list[str]) -> None:
-        """The types of entities: one is enough."""
+    def _settle_any(self, labels: list[str]) -> None:
+        """Types of entities, or labels of which a text may have none: one is enough."""
         if labels:
             self.task = self.task.with_labels(labels)
         elif self.report.num_problems:
             self._stop_rendering()
         else:
+            thing, things, example = (
+                ("an entity", "entities", "{tags: ner_tags}")
+                if self.task.objective == "token_head"
+                else ("a label", "labels", "{label: categories}")
+            )
             raise DataError(
-                f"no row of {', '.join(self.report.train.files)} holds an entity",
+                f"no row of {', '.join(self.report.train.files)} holds {thing}",
                 "one or more to learn",
-                "add rows with entities, or map the right column with data.fields, as in {tags: ner_tags}",
+                f"add rows with {things}, or map the right column with data.fields, as in {example}",
             )
 
     def _stop_rendering(self) -> None:

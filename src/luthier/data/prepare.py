@@ -7,12 +7,13 @@ import json
 import shutil
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from luthier.data.check import CheckedRow, DataCheck, Progress, train_files
 from luthier.data.files import content_hash
+from luthier.data.replay import Mixed, replay_data
 from luthier.data.report import DataReport, PartReport, report_from_json
 from luthier.data.store import (
     ExampleStore,
@@ -48,6 +49,8 @@ class PreparedData:
         data_hash: SHA-256 over the contents of the files and how they are split: the data's part of a model's lineage.
         folder: Where all of it lies.
         max_length: Most tokens in one example.
+        replay: The replayed text with its own held-out rows; None without.
+        mixed: What is trained on where text is replayed; None without.
     """
 
     train: ExampleStore
@@ -59,6 +62,21 @@ class PreparedData:
     data_hash: str
     folder: Path
     max_length: int
+    replay: PreparedData | None = None
+    mixed: Mixed | None = None
+
+    @property
+    def examples(self) -> ExampleStore | Mixed:
+        """All that is trained on."""
+        return self.train if self.mixed is None else self.mixed
+
+    def report_json(self) -> dict[str, Any]:
+        """The report as JSON values, that of the replayed text included."""
+        values = self.report.to_json()
+        if self.replay is not None and self.mixed is not None:
+            share = self.mixed.num_replayed_tokens / self.mixed.total_tokens
+            values["replay"] = {"share_of_tokens": round(share, 6), **self.replay.report.to_json()}
+        return values
 
 
 def prepare(
@@ -75,7 +93,7 @@ def prepare(
     """Check, split and render a dataset into stores under `folder`, or find them there from an earlier time.
 
     Args:
-        data: The files, the split and how rows are shaped.
+        data: The files, the split and how rows are shaped; with `replay` the general text to mix in.
         task: What the rows are read as.
         renderer: Tokenizer and chat template of the base.
         max_length: Most tokens in one example.
@@ -88,7 +106,43 @@ def prepare(
         DataError: when a file cannot be read or any row cannot be trained on; it names the first lines.
         StorageError: when the stores cannot be written; nothing half-written stays.
         ModelError: where the base has no chat template and the task needs one.
+        RecipeError: where the task has no place for replayed text.
     """
+    settings: dict[str, Any] = {
+        "max_length": max_length,
+        "truncation": truncation,
+        "seed": seed,
+        "folder": folder,
+        "on_progress": on_progress,
+    }
+    general = replay_data(data, task)
+    own = _prepare_one(data, task, renderer, **settings)
+    if general is None or data.replay is None:
+        return own
+    replay = _prepare_one(general, task, renderer, **settings)
+    mixed = Mixed(own.train, replay.train, data.replay.share, seed)
+    if mixed.num_passes > 1:
+        own.report.warnings.append(
+            f"data.replay: {mixed.num_replayed_tokens:,} tokens are replayed in an epoch, and the text has "
+            f"{replay.train.total_tokens:,}: some of it repeats within the epoch"
+        )
+    parts = [own.data_hash, replay.data_hash, data.replay.share]
+    data_hash = hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+    return replace(own, replay=replay, mixed=mixed, data_hash=data_hash)
+
+
+def _prepare_one(
+    data: DataConfig,
+    task: Task,
+    renderer: Renderer,
+    *,
+    max_length: int,
+    truncation: Truncation,
+    seed: int,
+    folder: Path,
+    on_progress: Progress | None,
+) -> PreparedData:
+    """Arguments and errors as `prepare`; replayed text is left aside."""
     data_hash = hash_data(data, seed)
     target = folder / _key(data, data_hash, task, renderer, max_length, truncation)
     found = _load(target, task, data_hash, max_length)

@@ -32,8 +32,10 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "weight_sum": np.dtype("<f8"),
     "tags": np.dtype("<i4"),
     "pair": np.dtype([("rejected_at", "<i4"), ("beta", "<f8"), ("label_smoothing", "<f8")]),
+    "class_flags": np.dtype("u1"),
 }
-"""`tags` holds a value for every token, or nothing at all: only a token head has tags. So does `pair` for examples."""
+"""`tags` holds a value for every token, or nothing at all: only a token head has tags. So does `pair` for examples.
+Likewise `class_flags` holds a value for every class of every example, or nothing: only a multilabel head has them."""
 
 
 class _StoreWriter:
@@ -87,6 +89,7 @@ class ExampleWriter(_StoreWriter):
         self.num_tokens = 0
         self.num_tags = 0
         self.num_pairs = 0
+        self.num_flags = 0
 
     def write(self, example: Example) -> None:
         """Append one example."""
@@ -106,6 +109,9 @@ class ExampleWriter(_StoreWriter):
         if (pair := example.pair) is not None:
             values["pair"] = (pair.rejected_at, pair.beta, pair.label_smoothing)
             self.num_pairs += 1
+        if example.class_flags is not None:
+            values["class_flags"] = example.class_flags
+            self.num_flags += len(example.class_flags)
         for name, value in values.items():
             self._append(f"{name}.bin", np.asarray(value, dtype=_COLUMNS[name]).tobytes())
 
@@ -114,11 +120,14 @@ class ExampleWriter(_StoreWriter):
             raise ValueError("examples with tags and without them do not share a store")
         if self.num_pairs not in (0, self.num_examples):
             raise ValueError("pairs and single sequences do not share a store")
+        if self.num_flags and self.num_flags % self.num_examples:
+            raise ValueError("examples of different numbers of classes do not share a store")
         return {
             "num_examples": self.num_examples,
             "num_tokens": self.num_tokens,
             "num_tags": self.num_tags,
             "num_pairs": self.num_pairs,
+            "num_flags": self.num_flags,
         }
 
 
@@ -159,11 +168,14 @@ class ExampleStore:
         """Tokens of all examples together."""
         self._num_tags = int(index["num_tags"])
         self._num_pairs = int(index["num_pairs"])
+        num_flags = int(index["num_flags"])
+        self._num_classes = num_flags // self._num_examples if num_flags else 0
         expected = {
             "tokens": self.total_tokens,
             "weights": self.total_tokens,
             "tags": self._num_tags,
             "pair": self._num_pairs,
+            "class_flags": num_flags,
         }
         for name, dtype in _COLUMNS.items():
             num_bytes = expected.get(name, self._num_examples) * dtype.itemsize
@@ -188,6 +200,7 @@ class ExampleStore:
             row=int(self.rows[index]),
             tags=np.array(self._tags[start:end]) if self._num_tags else None,
             pair=Pair(*self._pairs[index].item()) if self._num_pairs else None,
+            class_flags=self._flags(index),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -234,6 +247,14 @@ class ExampleStore:
     @cached_property
     def _pairs(self) -> NDArray[Any]:
         return self._map("pair")
+
+    @cached_property
+    def _class_flags(self) -> NDArray[np.uint8]:
+        return self._map("class_flags")
+
+    def _flags(self, index: int) -> NDArray[np.uint8] | None:
+        size = self._num_classes
+        return np.array(self._class_flags[index * size : (index + 1) * size]) if size else None
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:

@@ -258,11 +258,12 @@ def total_steps(num_examples: int, spec: TrainSpec) -> int:
 
 
 def loss_weight(example: Example) -> float:
-    """What an example adds to its job's denominator: its tokens' weights, 1 for a class, each tag, or a pair."""
+    """What an example adds to its job's denominator: its tokens' weights; 1 for a class, labels, each tag or a pair."""
     if example.pair is not None:
         return 1.0
     tags = 0 if example.tags is None else np.count_nonzero(example.tags != NO_CLASS)
-    return float(example.weights[1:].sum(dtype=np.float64)) + float(example.class_index != NO_CLASS) + float(tags)
+    has_class = example.class_index != NO_CLASS or example.class_flags is not None
+    return float(example.weights[1:].sum(dtype=np.float64)) + float(has_class) + float(tags)
 
 
 def split_by_tokens(items: list[PackItem], max_tokens: int) -> list[list[PackItem]]:

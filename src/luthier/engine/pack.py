@@ -1,7 +1,8 @@
 """Examples of many jobs -> one flat batch, sorted by slot, without padding.
 
 Shapes: T tokens, N sequences, P supervised positions, C positions with a class: the last token of a sequence whose
-class is learnt, and every tagged token of one whose tags are; M preference pairs, Q supervised positions of theirs.
+class or labels are learnt, and every tagged token of one whose tags are; K classes of a slot's head; M preference
+pairs, Q supervised positions of theirs.
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ class PackedBatch:
         target_weight_P: float32. Its loss weight; 0 where it counts through its pair.
         target_segments: Bounds of each slot within the P supervised positions.
         class_at_C: int64. Flat index of each token at whose hidden state a head reads a class.
-        class_index_C: int64. That class.
+        class_index_C: int64. That class; 0 where a head says any number of labels.
         class_segments: Bounds of each slot within the C positions.
+        class_flags: float32 [C of the slot, K] for each of these segments whose head says any number of labels: 1 for a
+            label that the sequence has. None for the other segments.
         class_rows, target_rows: The sequence (0 to N-1) of each class and of each supervised position.
         pairs: The preference pairs among the sequences, or None where there is none.
     """
@@ -107,6 +110,7 @@ class PackedBatch:
     class_index_C: Tensor
     class_rows_C: Tensor
     class_segments: tuple[Segment, ...]
+    class_flags: tuple[Tensor | None, ...]
     pairs: PackedPairs | None = None
 
     @property
@@ -143,9 +147,12 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
     rows = np.repeat(np.arange(len(lengths)), lengths)
     num_sequences = [len(item.example.lengths) for item in items]
     slots = np.repeat([item.slot for item in items], num_sequences)
+    example_of_N = [item.example for item, count in zip(items, num_sequences, strict=True) for _ in range(count)]
     supervised = np.flatnonzero((weights > 0) & (positions > 0))
     classes = np.concatenate([_classes(item.example) for item in items])
     with_class = np.flatnonzero(classes != NO_CLASS)
+    class_rows = rows[with_class]
+    class_segments = _segments(slots[class_rows])
 
     def put(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -169,8 +176,12 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
         target_segments=_segments(slots[rows[supervised]]),
         class_at_C=put(with_class),
         class_index_C=put(classes[with_class].astype(np.int64)),
-        class_rows_C=put(rows[with_class]),
-        class_segments=_segments(slots[rows[with_class]]),
+        class_rows_C=put(class_rows),
+        class_segments=class_segments,
+        class_flags=tuple(
+            None if flags is None else put(flags)
+            for flags in (_flags([example_of_N[row] for row in class_rows[s.start : s.end]]) for s in class_segments)
+        ),
         pairs=pairs,
     )
 
@@ -213,8 +224,14 @@ def _classes(example: Example) -> np.ndarray:
     if example.tags is not None:
         return example.tags
     classes = np.full(example.num_tokens, NO_CLASS, dtype=np.int32)
-    classes[-1] = example.class_index
+    classes[-1] = 0 if example.class_flags is not None else example.class_index
     return classes
+
+
+def _flags(examples: Sequence[Example]) -> np.ndarray | None:
+    """float32 [C, K] of one slot's positions, or None where its head says one class."""
+    flags = [example.class_flags for example in examples if example.class_flags is not None]
+    return np.stack(flags).astype(np.float32) if flags else None
 
 
 def _segments(slots: np.ndarray) -> tuple[Segment, ...]:

@@ -19,9 +19,11 @@ from luthier.base.load import Base, Forward
 from luthier.engine.graphs import StepGraphs
 from luthier.engine.pack import PackedBatch, PackedPairs, Segment
 from luthier.objectives.language_modelling import TokenScores, frozen_head_nll, next_token_nll_reference
+from luthier.objectives.multilabel_head import flags_nll
 from luthier.objectives.preference import PairScores, preference_loss, side_logprobs
 from luthier.objectives.sequence_head import class_logits, class_nll
 from luthier.objectives.trained_head import trained_head_nll
+from luthier.types import HeadKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,18 +181,24 @@ def _probabilities(base: Base, batch: PackedBatch, classes: _Classes) -> dict[in
     rows_C = batch.class_rows_C.cpu().numpy()
     found: dict[int, tuple[int, NDArray[np.float32]]] = {}
     for segment, logits_CK in zip(batch.class_segments, classes.logits, strict=True):
-        probabilities_CK = logits_CK.float().softmax(dim=-1).cpu().numpy()
+        kind = base.bank.slots[segment.slot].spec.head
+        probabilities_CK = class_probabilities(logits_CK, kind).cpu().numpy()
         rows = rows_C[segment.start : segment.end]
-        is_sequence = base.bank.slots[segment.slot].spec.head == "sequence"
+        is_sequence = kind == "sequence"
         for row in np.unique(rows):
             own_CK = probabilities_CK[rows == row]
             found[int(row)] = (int(own_CK[0].argmax()) if is_sequence else -1, own_CK)
     return found
 
 
+def class_probabilities(logits_CK: Tensor, kind: HeadKind) -> Tensor:
+    """float32 [C, K]: of the classes, which exclude each other, or of each of a multilabel head's labels by itself."""
+    return logits_CK.float().sigmoid() if kind == "multilabel" else logits_CK.float().softmax(dim=-1)
+
+
 @torch.inference_mode()
-def class_probabilities(base: Base, batch: PackedBatch) -> Tensor:
-    """float [C, K]: probabilities of the classes for the batch's sequences, all of one slot with a sequence head.
+def head_probabilities(base: Base, batch: PackedBatch) -> Tensor:
+    """float32 [C, K]: what a head says of the batch's sequences, all of one slot with a head of whole sequences.
 
     Raises:
         ValueError: for a slot without a head, or sequences of several slots.
@@ -201,7 +209,8 @@ def class_probabilities(base: Base, batch: PackedBatch) -> Tensor:
         raise ValueError("class probabilities are of one slot with a sequence head")
     with base.bank.routed(base.routing(batch, training=False)):
         hidden_TD = base.forward(batch, only_scored=True).hidden_TD
-    return class_logits(hidden_TD[batch.class_at_C], slot.head.weight, slot.head.bias).softmax(dim=-1)
+    logits_CK = class_logits(hidden_TD[batch.class_at_C], slot.head.weight, slot.head.bias)
+    return class_probabilities(logits_CK, slot.spec.head)
 
 
 def _scores(base: Base, batch: PackedBatch) -> _Scores:
@@ -256,16 +265,18 @@ def _rows(hidden_TD: Tensor, at_P: Tensor) -> Tensor:
 
 
 def _class_scores(base: Base, batch: PackedBatch, result: Forward) -> _Classes:
-    """A sequence head's classes and a token head's tags alike: each segment by the head of its slot."""
+    """Classes, labels and tags alike: each segment by the head of its slot."""
     read_CD = _rows(result.hidden_TD, batch.class_at_C)
     nll, correct, logits = [], [], []
-    for segment in batch.class_segments:
+    for segment, flags_CK in zip(batch.class_segments, batch.class_flags, strict=True):
         slot = base.bank.slots.get(segment.slot)
         if slot is None or slot.head is None:
             raise ValueError(f"slot {segment.slot} has no head")
         rows = slice(segment.start, segment.end)
         logits_CK = class_logits(read_CD[rows], slot.head.weight, slot.head.bias)
-        scores = class_nll(logits_CK, batch.class_index_C[rows])
+        if (slot.spec.head == "multilabel") != (flags_CK is not None):
+            raise ValueError(f"slot {segment.slot} has a {slot.spec.head} head, and its examples are of another")
+        scores = class_nll(logits_CK, batch.class_index_C[rows]) if flags_CK is None else flags_nll(logits_CK, flags_CK)
         nll.append(scores.nll_P)
         correct.append(scores.is_correct_P)
         logits.append(logits_CK.detach())

@@ -99,7 +99,7 @@ def _head_kind(record: RunRecord) -> str:
     """transformers' word for what the head says a class of; empty for a language model."""
     if record.is_tagging:
         return "TokenClassification"
-    return "SequenceClassification" if record.is_classification else ""
+    return "SequenceClassification" if record.has_head else ""
 
 
 _NF4_ARGUMENTS = "quantization_config=quantization, dtype=quantization.bnb_4bit_compute_dtype"

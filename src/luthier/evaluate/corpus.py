@@ -1,6 +1,6 @@
-"""Scores of a whole corpus from sums over its sentences, for many resamples at once.
+"""Scores of a whole corpus from sums over its rows, for many resamples at once.
 
-The sums are sacrebleu's, as `tasks/translation/metrics.py` takes them. Shape: B resamples.
+Those of chrF and BLEU are sacrebleu's, as `tasks/translation/metrics.py` takes them. Shape: B resamples.
 """
 
 from __future__ import annotations
@@ -58,9 +58,20 @@ def bleu(sums_BK: Array) -> Array:
     return np.where((right_BO > 0).any(axis=1) & (length_B > 0), penalty_B * mean_B, 0.0)
 
 
+def macro_f1(sums_BK: Array) -> Array:
+    """The mean over labels of F1 = 2tp / (2tp + fp + fn), over the labels that are given or true somewhere.
+
+    Args:
+        sums_BK: float64 [B, 2 x labels]. For each label 2tp, and the times it is given plus the times it is true.
+    """
+    above_BL, below_BL = sums_BK[:, 0::2], sums_BK[:, 1::2]
+    num_labels_B = (below_BL > 0).sum(axis=1)
+    return _quotient(_quotient(above_BL, below_BL, below_BL > 0).sum(axis=1), num_labels_B, num_labels_B > 0)
+
+
 def _quotient(above: Array, below: Array, where: NDArray[np.bool_]) -> Array:
     return np.divide(above, below, out=np.zeros_like(above), where=where)
 
 
-FORMULAS: dict[str, Callable[[Array], Array]] = {"chrf": chrf, "bleu": bleu}
+FORMULAS: dict[str, Callable[[Array], Array]] = {"chrf": chrf, "bleu": bleu, "macro_f1": macro_f1}
 """Metric -> its formula over the sums of `RowScore.statistics`."""

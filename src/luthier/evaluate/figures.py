@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -235,7 +236,9 @@ def _new(width: float, height: float) -> tuple[Figure, Axes]:
 def _to_svg(figure: Figure, description: str) -> str:
     buffer = io.StringIO()
     # The salt names the clip paths: equal pictures get equal bytes, different ones on a page do not collide.
-    with mpl.rc_context({"svg.hashsalt": description}):
+    with mpl.rc_context({"svg.hashsalt": description}), warnings.catch_warnings():
+        # Text stays text, and whoever shows the page has a font for it: that matplotlib has none is no news.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -30,11 +30,11 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 MIN_ROWS_FOR_VERDICT = 6
 """With fewer pairs even a unanimous change has a two-sided sign test above 5% (2 / 2^5 = 6%)."""
 
-_PROPORTIONS_OF_ROWS = ("exact_match", "accuracy", "preference_accuracy", "ranking_accuracy")
+_PROPORTIONS_OF_ROWS = ("exact_match", "accuracy", "subset_accuracy", "preference_accuracy", "ranking_accuracy")
 _ORDER = (
     *("f1", "precision", "recall", "chrf", "bleu"),
     *("preference_accuracy", "reward_margin", "ranking_accuracy"),
-    *("exact_match", "accuracy", "macro_f1", "loss", "perplexity", "token_accuracy"),
+    *("exact_match", "accuracy", "micro_f1", "macro_f1", "subset_accuracy", "loss", "perplexity", "token_accuracy"),
 )
 """Of metrics in eval.json; others follow by name."""
 _DERIVED = {"perplexity": "loss", "macro_f1": "accuracy"}
@@ -92,7 +92,7 @@ def summarize(scores: Sequence[RowScore], seed: int = 0) -> dict[str, dict[str, 
     - exact_match, accuracy, preference_accuracy, ranking_accuracy: shares of scores; their interval is Wilson's, with
       rows for its n (so it is a little wide where rows have several turns). The others' is a bootstrap over rows.
     - macro_f1: mean over classes of 2tp / (2tp + fp + fn), over the classes that occur as truth or as prediction
-      (Opitz & Burst, arXiv:1911.03347, "averaged F1").
+      (Opitz & Burst, arXiv:1911.03347, "averaged F1"). Where rows have several labels, of their counts.
     - f1, precision, recall and other ratios; chrf and bleu: as the task defines them.
 
     A metric that no row defines is absent; "value" is None where it is not finite.
@@ -246,6 +246,7 @@ class _Sums:
             name
             for name, sums_NK in self._sums_NK.items()
             if (self._has_N[name].any() if name in FORMULAS else sums_NK[:, 1].sum() > 0)
+            and not (name == "macro_f1" and sums_NK.sum() == 0)  # no label is given or true anywhere
         }
         if "loss" in found and "token_accuracy" in found:
             found.add("perplexity")
@@ -254,7 +255,7 @@ class _Sums:
         return [name for name in _ORDER if name in found] + sorted(found - set(_ORDER))
 
     def rows_behind(self, name: str) -> int:
-        return int(self._has_N[_DERIVED.get(name, name)].sum())
+        return int(self._has_N[name if name in self._has_N else _DERIVED[name]].sum())
 
     def share(self, name: str) -> Array:
         """A ratio of each row by itself, [N]; 0 where the row does not define it."""
@@ -266,10 +267,10 @@ class _Sums:
         values = []
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for name in names:
-                if name == "macro_f1":
+                if name == "macro_f1" and name not in self._sums_NK:
                     values.append(self._macro_f1(counts_BN))
                     continue
-                totals_BK = counts_BN @ self._sums_NK[_DERIVED.get(name, name)]
+                totals_BK = counts_BN @ self._sums_NK[name if name in self._sums_NK else _DERIVED[name]]
                 value_B = FORMULAS[name](totals_BK) if name in FORMULAS else totals_BK[:, 0] / totals_BK[:, 1]
                 values.append(np.exp(value_B) if name == "perplexity" else value_B)
         return np.stack(values, axis=1) if values else np.zeros((counts_BN.shape[0], 0))

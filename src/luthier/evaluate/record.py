@@ -73,6 +73,18 @@ class RunRecord:
         return self.task == "classification" or (not self.task and isinstance(tuned, dict) and "accuracy" in tuned)
 
     @property
+    def is_multilabel(self) -> bool:
+        """Whether a text may have several labels or none."""
+        task = self.recipe.get("task")
+        return self.is_classification and isinstance(task, dict) and bool(task.get("multiple"))
+
+    @property
+    def is_by_words(self) -> bool:
+        """Whether the classes are said by the language model itself."""
+        task = self.recipe.get("task")
+        return isinstance(task, dict) and task.get("head") == "words"
+
+    @property
     def is_tagging(self) -> bool:
         return self.task == "tagging"
 
@@ -83,7 +95,7 @@ class RunRecord:
     @property
     def has_head(self) -> bool:
         """Whether the result says classes rather than words."""
-        return self.is_classification or self.is_tagging
+        return (self.is_classification and not self.is_by_words) or self.is_tagging
 
     @property
     def cost(self) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def render(record: RunRecord) -> str:
         hero=_hero(record.evaluation),
         scores=_scores(record.evaluation),
         groups=_groups(record.evaluation),
+        kept=_scores(record.evaluation.get("replay") or {}),
+        num_kept_rows=(record.evaluation.get("replay") or {}).get("num_rows"),
         num_rows=record.evaluation.get("num_rows"),
         outcomes=samples.outcomes(record.predictions),
         listed=[samples.sample(line) for line in record.predictions[:MAX_LISTED_ROWS]],
@@ -78,6 +80,7 @@ def render(record: RunRecord) -> str:
         versions=list(_leaves(record.versions)),
         loading=loading_code(record),
         parts=_parts(record.evaluation),
+        part_noun="label" if record.is_multilabel else "type",
         signatures=sorted((record.evaluation.get("signatures") or {}).items()),
         has_head=record.has_head,
         is_preference=record.is_preference,
@@ -204,7 +207,7 @@ def _parts(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _confusion(record: RunRecord) -> dict[str, Any] | None:
-    if not record.is_classification:
+    if not record.is_classification or record.is_multilabel:
         return None
     names, matrix_CC = samples.confusion(record.predictions)
     if not names:
@@ -219,7 +222,7 @@ def _curves(record: RunRecord) -> dict[str, Markup | None]:
     best_step = best_step if isinstance(best_step, int) and best_step > 0 else None
     unit = "nats a token"
     for is_so, other in (
-        (record.is_classification, "nats a row"),
+        (record.has_head, "nats a row"),
         (record.is_tagging, "nats a word"),
         (record.is_preference, "nats a pair"),
     ):
@@ -287,7 +290,13 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """The data report as a table of its two sides, with a histogram of training lengths and what is to be known."""
     if not data:
         return None
-    sides = {"training": data.get("train"), "held out": data.get("validation")}
+    replay = data.get("replay") or {}
+    sides = {
+        "training": data.get("train"),
+        "held out": data.get("validation"),
+        "replayed text": replay.get("train"),
+        "replayed, held out": replay.get("validation"),
+    }
     parts = {name: _part_facts(part) for name, part in sides.items() if isinstance(part, Mapping)}
     names = list(dict.fromkeys(fact for facts in parts.values() for fact in facts))
     lengths = (data.get("train") or {}).get("lengths") or {}

@@ -18,19 +18,24 @@ LABELS = {
     "ranking_accuracy": "Ranking accuracy",
     "exact_match": "Exact match",
     "accuracy": "Accuracy",
+    "micro_f1": "Micro-F1",
     "macro_f1": "Macro-F1",
+    "subset_accuracy": "Subset accuracy",
     "loss": "Loss",
     "perplexity": "Perplexity",
     "token_accuracy": "Token accuracy",
     "tag_accuracy": "Tag accuracy",
 }
-PRIMARY = ("f1", "chrf", "preference_accuracy", "exact_match", "accuracy", "perplexity", "loss", "token_accuracy")
+PRIMARY = (
+    *("f1", "chrf", "preference_accuracy", "exact_match", "accuracy", "micro_f1"),
+    *("perplexity", "loss", "token_accuracy"),
+)
 """The first of these that both models have makes the headline."""
 
 _SHARES = frozenset(
     {
         *("f1", "precision", "recall", "preference_accuracy", "ranking_accuracy"),
-        *("exact_match", "accuracy", "macro_f1", "token_accuracy", "tag_accuracy"),
+        *("exact_match", "accuracy", "micro_f1", "macro_f1", "subset_accuracy", "token_accuracy", "tag_accuracy"),
     }
 )
 _ENDS = (("0%", 0.0), ("100%", 1.0))

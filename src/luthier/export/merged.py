@@ -84,7 +84,12 @@ def _tagger() -> Any:
     return AutoModelForTokenClassification
 
 
-_AUTO_CLASSES: dict[HeadKind | None, Callable[[], Any]] = {None: _causal, "sequence": _classifier, "token": _tagger}
+_AUTO_CLASSES: dict[HeadKind | None, Callable[[], Any]] = {
+    None: _causal,
+    "sequence": _classifier,
+    "multilabel": _classifier,
+    "token": _tagger,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +112,8 @@ class Expected:
 
     def told_by(self, model: Any) -> Expected:
         """The same questions, with what `model` says to them."""
-        return replace(
-            self, logits=model_logits(model, self.sequences, classifies=head_kind(self.config) == "sequence")
-        )
+        classifies = head_kind(self.config) in ("sequence", "multilabel")
+        return replace(self, logits=model_logits(model, self.sequences, classifies=classifies))
 
     def check(self, model: Any, dtype: torch.dtype, what: str) -> None:
         """Refuse a model that differs by more than the rounding of weights to `dtype` explains.

@@ -15,6 +15,8 @@ class WithoutClasses:
 
     labels: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    threshold: float | None = None
+    chooses: bool = False
 
     def with_labels(self, labels: Sequence[str]) -> Self:
         return self

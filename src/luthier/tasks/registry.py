@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from luthier.tasks.chat.render import ChatTask
-from luthier.tasks.classification.render import ClassificationTask
+from luthier.tasks.classification.choose import classification_task
 from luthier.tasks.completion.render import CompletionTask
 from luthier.tasks.config import TaskConfig
 from luthier.tasks.preference.render import PreferenceTask
@@ -24,11 +24,15 @@ _TASKS: dict[str, Callable[[Any], Task]] = {
     "text": TextTask,
     "qa": QaTask,
     "translation": TranslationTask,
-    "classification": lambda config: ClassificationTask(config, labels=tuple(config.labels or ())),
+    "classification": classification_task,
     "tagging": lambda config: TaggingTask(config, labels=tuple(config.labels or ())),
 }
 
-_HEADS: dict[Objective, HeadKind] = {"sequence_head": "sequence", "token_head": "token"}
+_HEADS: dict[Objective, HeadKind] = {
+    "sequence_head": "sequence",
+    "multilabel_head": "multilabel",
+    "token_head": "token",
+}
 
 
 def task_for(config: TaskConfig) -> Task:

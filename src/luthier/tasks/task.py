@@ -86,6 +86,11 @@ class Task(Protocol):
         ...
 
     @property
+    def chooses(self) -> bool:
+        """Whether the prediction is that of its `labels` whose words the model finds likeliest after the prompt."""
+        ...
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The classes that records name, in order; empty for tasks without classes, and before they are known."""
         ...
@@ -93,6 +98,11 @@ class Task(Protocol):
     @property
     def outputs(self) -> tuple[str, ...]:
         """What the head's classes are called, in order: the labels, or the tags made of them."""
+        ...
+
+    @property
+    def threshold(self) -> float | None:
+        """The probability from which on a label is given; None for tasks that do not decide label by label."""
         ...
 
     @property

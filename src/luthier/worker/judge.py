@@ -19,11 +19,13 @@ from luthier.engine.sample import Request, Sampler, SamplingParams
 from luthier.engine.scoring import SCORE_TOKENS, score_examples
 from luthier.engine.step import SequenceReport
 from luthier.evaluate.metrics import RowScore, evaluation
+from luthier.tasks.classification.words import WordsTask
 from luthier.tasks.preference.metrics import pair_ratios
 from luthier.tasks.registry import head_of
 from luthier.tasks.task import Marks, Probabilities
-from luthier.types import Example, Prompt
+from luthier.types import Example, HeadKind, Prompt
 from luthier.worker.budget import JudgingBudget, spread_rows
+from luthier.worker.choosing import choose_labels
 from luthier.worker.progress import Progress, SilentProgress
 
 ROOM_FOR_REPLY = 1.25
@@ -72,6 +74,7 @@ class Judge:
         generated = spread_rows(len(self.at), budget.num_generated, seed)
         self.generated_at = [self.at[i] for i in generated]
         self.max_new_tokens = max_new_tokens
+        self.seed = seed
         self._place: dict[int, int] = {}
 
     def scores(self, slot: int, what: str, num_shots: int = 0) -> list[RowScore]:
@@ -79,10 +82,27 @@ class Judge:
 
         With examples in the prompt (`num_shots`), replies alone are judged.
         """
-        replies = self._replies(slot, what, num_shots)
+        replies = self._replies(slot, what, num_shots) | self._choices(slot, what, num_shots)
         if num_shots:
             return [_marked(RowScore(row), marks) for row, marks in replies.items()]
         return self._join(self._likelihoods(slot, what), replies)
+
+    def of_replay(self) -> Judge | None:
+        """The same judge on held-out rows of the replayed text, at most as many as here; None without."""
+        replay = self.data.replay
+        if replay is None or replay.validation_records is None or not self.at:
+            return None
+        return Judge(
+            self.base,
+            self.renderer,
+            replay,
+            JudgingBudget(min(len(self.at), len(replay.validation_records)), 0),
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            on_rows=self.on_rows,
+            score_tokens=self.score_tokens,
+            between=self.between,
+        )
 
     # -- likelihood
 
@@ -143,12 +163,40 @@ class Judge:
             for prompt, reply in zip(prompts, done, strict=True)
         }
 
+    def _choices(self, slot: int, what: str, num_shots: int) -> dict[int, Marks]:
+        """Which label is likeliest, of a task that chooses."""
+        task = self.data.task
+        if not self.generated_at or not isinstance(task, WordsTask):
+            return {}
+        rows = [int(self._records().rows[i]) for i in self.generated_at]
+
+        def on_done(done: int) -> None:
+            self.on_rows(f"{what}, labels", done, len(rows))
+            if self.between is not None:
+                self.between()
+
+        found = choose_labels(
+            self.base,
+            self.renderer,
+            task,
+            [self._record(row) for row in rows],
+            slot,
+            shots=self._shots(num_shots),
+            on_done=on_done,
+            max_tokens=self.score_tokens,
+        )
+        return {row: self._read(row, [given]) for row, given in zip(rows, found, strict=True)}
+
+    def _shots(self, num_shots: int) -> list[Any]:
+        """The training records that stand in a prompt, solved."""
+        return [self.data.task.from_json(value) for value in list(self.data.train_records)[:num_shots]]
+
     def prompts(self, num_shots: int = 0) -> list[Prompt]:
         """The prompts to generate from, one a row."""
         if not self.generated_at or self.data.validation_records is None:
             return []
         task, records = self.data.task, self.data.validation_records
-        shots = [task.from_json(value) for value in list(self.data.train_records)[:num_shots]]
+        shots = self._shots(num_shots)
         return [
             prompt
             for i in self.generated_at
@@ -165,7 +213,7 @@ class Judge:
         """Row -> what the model was given, as a person reads it."""
         if self.data.validation_records is None:
             return {}
-        if self.data.task.generates:
+        if self.data.task.generates or self.data.task.chooses:
             return {prompt.row: prompt.text for prompt in self.prompts()}
         if head_of(self.data.task) is None:
             return {}
@@ -217,8 +265,12 @@ def examples_of_rows(store: ExampleStore, rows: set[int]) -> list[Example]:
     return [store[int(i)] for i in np.flatnonzero(np.isin(store.rows, list(rows)))]
 
 
-def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
-    """Loss and token accuracy over all the sequences, or what there is of pairs, as metrics.jsonl keeps them."""
+def mean_loss(reports: Sequence[SequenceReport], head: HeadKind | None = None) -> dict[str, float]:
+    """Loss and accuracy over all the sequences, or what there is of pairs, as metrics.jsonl keeps them.
+
+    Args:
+        head: Of the task. Of any number of labels the loss alone is told: what is right depends on the threshold.
+    """
     pairs = [report.pair for report in reports if report.pair is not None]
     if pairs:
         found = [pair_ratios(pair.chosen_logprob, pair.rejected_logprob, pair.reward_margin) for pair in pairs]
@@ -227,9 +279,10 @@ def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
     weight = sum(report.weight_sum for report in reports)
     loss = sum(report.nll_sum for report in reports) / weight
     correct = sum(report.num_correct for report in reports) / max(1, sum(report.num_targets for report in reports))
-    if any(report.probabilities_CK is not None for report in reports):
-        is_sequence = any(report.predicted_class >= 0 for report in reports)
-        return {"loss": loss, "accuracy" if is_sequence else "tag_accuracy": correct}
+    if head == "multilabel":
+        return {"loss": loss}
+    if head is not None:
+        return {"loss": loss, "accuracy" if head == "sequence" else "tag_accuracy": correct}
     return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "token_accuracy": correct}
 
 
@@ -287,11 +340,20 @@ def evaluate_run(
 
     progress = progress or SilentProgress()
     loaded = load_run(run, data=data, rows=rows, progress=progress)
-    tuned = loaded.judge.scores(loaded.slot, "tuned")
+    tuned = _scores_of(loaded.judge, loaded.slot, "tuned")
     if loaded.base_slot is not None:
-        base = loaded.judge.scores(loaded.base_slot, "base")
+        base = _scores_of(loaded.judge, loaded.base_slot, "base")
     else:
         judge = loaded.judge_of_base()
         slots = list(judge.base.bank.slots)  # a classifier's base has a slot with an untrained head
-        base = judge.scores(slots[0] if slots else BASE_SLOT, "base")
-    return evaluation({"base": base, "tuned": tuned}, signatures=loaded.judge.signatures())
+        base = _scores_of(judge, slots[0] if slots else BASE_SLOT, "base")
+    values = evaluation({"base": base[0], "tuned": tuned[0]}, signatures=loaded.judge.signatures())
+    if tuned[1]:
+        values["replay"] = evaluation({"base": base[1], "tuned": tuned[1]})
+    return values
+
+
+def _scores_of(judge: Judge, slot: int, what: str) -> tuple[list[RowScore], list[RowScore]]:
+    """Scores on the held-out rows, and on those of the replayed text."""
+    replay = judge.of_replay()
+    return judge.scores(slot, what), replay.scores(slot, f"{what}, replayed text") if replay is not None else []

@@ -20,6 +20,7 @@ from luthier.engine.scoring import SCORE_TOKENS, score_examples
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.files import write_text
 from luthier.recipe import Recipe
+from luthier.tasks.registry import head_of
 from luthier.types import Example
 from luthier.worker.budget import JudgingBudget, choose_budget
 from luthier.worker.judge import Judge, examples_of_rows, mean_loss, predictions
@@ -69,6 +70,7 @@ class Judging:
         evaluate_every: Steps between two validations.
         validation: The examples of a validation; empty where nothing is held out.
         scores: What each model did on each row, as far as it has been judged.
+        replay_scores: Likewise on the held-out rows of the replayed text.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class Judging:
         between: Callable[[], None] | None = None,
     ) -> None:
         self.recipe, self.folder, self.data, self.seconds = recipe, folder, data, seconds
+        self.renderer = renderer
         self.base, self.job = base, job
         self.score_tokens, self.between = score_tokens, between
         self.scores: dict[str, list[RowScore]] = {}
+        self.replay_scores: dict[str, list[RowScore]] = {}
         name = str(folder.path)
         self.judge = Judge(
             base,
@@ -101,6 +105,7 @@ class Judging:
             score_tokens=score_tokens,
             between=between,
         )
+        self.replay_judge = self.judge.of_replay()
         self.evaluate_every = recipe.evaluation.every or max(1, job.steps_per_epoch // 2)
         self.validation = self._validation_examples()
 
@@ -111,7 +116,7 @@ class Judging:
     @property
     def _train_tokens(self) -> float:
         """Tokens that training runs in all its epochs."""
-        return float(self.data.train.num_tokens.sum()) * self.job.total_steps / self.job.steps_per_epoch
+        return float(self.data.examples.num_tokens.sum()) * self.job.total_steps / self.job.steps_per_epoch
 
     @property
     def _row_tokens(self) -> float:
@@ -128,12 +133,20 @@ class Judging:
             num_held_out=self._num_held_out,
             train_tokens=self._train_tokens,
             row_tokens=self._row_tokens,
-            reply_tokens=min(settings.max_new_tokens, self._row_tokens),
+            reply_tokens=self._reply_tokens,
             num_models=2 + (settings.shots > 0),
             rows=settings.rows,
             generate_rows=settings.generate_rows,
-            generates=settings.generate,
+            generates=settings.generate or self.data.task.chooses,
         )
+
+    @property
+    def _reply_tokens(self) -> float:
+        """Tokens that a reply may cost; with labels to choose from, those of all of them."""
+        if self.data.task.chooses:
+            encode = self.renderer.encode
+            return sum(len(encode(label)) + 1.0 for label in self.data.task.labels) / 2  # a token here costs no step
+        return min(self.recipe.evaluation.max_new_tokens, self._row_tokens)
 
     def _validation_examples(self) -> list[Example]:
         num_evaluations = max(1, self.job.total_steps // self.evaluate_every)
@@ -151,22 +164,27 @@ class Judging:
         # A head has no untrained counterpart in the base: what it gives before training stands for it.
         slot = self.job.slot.index if self.job.slot.head is not None else BASE_SLOT
         self._judge("base", slot)
+        self._judge_replay("base", slot)
         shots = self.recipe.evaluation.shots
-        if shots and self.data.task.generates and self.judge.generated_at:
+        writes = self.data.task.generates or self.data.task.chooses
+        if shots and writes and self.judge.generated_at:
             self._judge(f"base_{shots}_shot", BASE_SLOT, shots)
 
     def judge_tuned(self) -> None:
         """Judge what the slot holds now, anew."""
         if not self.judge.at:
             return
-        (self.folder.path / "scores" / "tuned.json").unlink(missing_ok=True)
+        for name in ("tuned", "tuned_replay"):
+            (self.folder.path / "scores" / f"{name}.json").unlink(missing_ok=True)
         self._judge("tuned", self.job.slot.index)
+        self._judge_replay("tuned", self.job.slot.index)
 
     def validate(self, step: int) -> dict[str, float]:
         """The validation loss and its like, written down as of `step`."""
         between = self.between
         on_done = (lambda done: None) if between is None else (lambda done: between())
-        values = mean_loss(score_examples(self.base, self.validation, self.job.slot.index, on_done, self.score_tokens))
+        reports = score_examples(self.base, self.validation, self.job.slot.index, on_done, self.score_tokens)
+        values = mean_loss(reports, head_of(self.data.task))
         self.folder.append_metric(kind="evaluation", step=step, **values)
         return values
 
@@ -175,6 +193,8 @@ class Judging:
         values: dict[str, Any] = {"num_rows": 0, "base": {}, "tuned": {}}
         if self.scores:
             values = evaluation(self.scores, signatures=self.judge.signatures())
+        if self.replay_scores:
+            values["replay"] = evaluation(self.replay_scores)
         self.folder.write_json("eval.json", values)
         lines = predictions(self.scores, self.judge.prompt_texts())
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -188,3 +208,14 @@ class Judging:
                 kept = self.judge.scores(slot, who.replace("_", " "), num_shots)
                 self.folder.write_scores(who, kept)
             self.scores[who] = kept
+
+    def _judge_replay(self, who: str, slot: int) -> None:
+        """The general ability: the loss on held-out rows of the replayed text."""
+        if self.replay_judge is None:
+            return
+        with counted(self.seconds, "judging"):
+            kept = self.folder.read_scores(f"{who}_replay")
+            if kept is None:
+                kept = self.replay_judge.scores(slot, f"{who}, replayed text")
+                self.folder.write_scores(f"{who}_replay", kept)
+            self.replay_scores[who] = kept

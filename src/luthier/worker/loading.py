@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from luthier.base.adapter_files import MULTILABEL
 from luthier.base.catalogue import find
 from luthier.base.fetch import resolve
-from luthier.base.folder import weight_files
+from luthier.base.folder import read_json, weight_files
 from luthier.base.load import Base, load_base, load_model
 from luthier.base.own import OwnBase
 from luthier.checkpoints.peft_format import slot_from_adapter
@@ -214,6 +215,8 @@ def classifier_slot(base: Base, folder: Path) -> int:
     if not tensors:
         return BASE_SLOT
     kind: HeadKind = "token" if "bias" in tensors else "sequence"
+    if read_json(folder / "config.json").get("problem_type") == MULTILABEL:
+        kind = "multilabel"
     slot = base.bank.add(AdapterSpec(targets=(), num_classes=tensors["weight"].shape[0], head=kind), seed=0)
     assert slot.head is not None
     with torch.no_grad():
@@ -284,7 +287,8 @@ def load_run(run: str | Path, *, data: Path | None, rows: int | None, progress: 
     if prepared.task.objective == "preference":
         prepared = _with_reference(prepared, tuned, recipe, placement)
     chosen = min(num_rows, rows) if rows is not None else num_rows
-    budget = JudgingBudget(chosen, chosen if recipe.evaluation.generate else 0)
+    generates = recipe.evaluation.generate or prepared.task.chooses
+    budget = JudgingBudget(chosen, chosen if generates else 0)
 
     def judge_on(base: Base) -> Judge:
         return Judge(

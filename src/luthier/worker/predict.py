@@ -1,24 +1,27 @@
-"""What a head says about texts: classes with their probabilities.
+"""What a head says about texts: a class or labels, with the probabilities of all.
 
 Shapes: C sequences, K classes.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from luthier.base.adapter_files import CLASSIFIER_FOLDER, MULTILABEL
+from luthier.base.folder import read_json
 from luthier.base.load import Base
 from luthier.data.rows import RowError
 from luthier.data.template import Renderer
 from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, pack
 from luthier.engine.slot import Slot
-from luthier.engine.step import class_probabilities
+from luthier.engine.step import head_probabilities
 from luthier.errors import ModelError
-from luthier.tasks.classification.render import ClassificationTask
-from luthier.tasks.classification.schema import LabelledText
+from luthier.tasks.classification.schema import ClassificationConfig
+from luthier.tasks.registry import task_for
+from luthier.tasks.task import Task
+from luthier.types import DEFAULT_THRESHOLD
 
 
 def predict(base: Base, slot: Slot | OwnSlot, renderer: Renderer, folder: Path, texts: list[str]) -> dict[str, Any]:
@@ -29,28 +32,34 @@ def predict(base: Base, slot: Slot | OwnSlot, renderer: Renderer, folder: Path, 
     """
     if slot.head is None:
         raise ModelError("this model has no head to predict with", fix="chat with it")
-    labels = _labels(folder)
-    task = ClassificationTask(labels=tuple(labels))
+    task = _task(folder)
     most = base.max_positions or 2**31 - 1
     items = []
     for at, text in enumerate(texts):
         try:
-            (example, *_) = task.examples(LabelledText(text, labels[0]), renderer, most, "end", at)
+            (example,) = task.queries(task.parse_query({"text": text}), renderer, most, at)
         except (RowError, ValueError) as error:
             reason = error.found if isinstance(error, RowError) else "it has no tokens"
             raise ModelError(f"input[{at}]: {reason}") from None
         items.append(PackItem(example, slot.index))
-    probabilities_CK = class_probabilities(base, pack(items, base.device))
+    probabilities_CK = head_probabilities(base, pack(items, base.device)).cpu().numpy()
+    # Unrounded, and in the order of the classes.
+    order = {label: k for k, label in enumerate(task.labels)}
     rows = []
-    for row_K in probabilities_CK.tolist():
-        scores = dict(zip(labels, row_K, strict=True))
-        best: str = labels[row_K.index(max(row_K))]
-        rows.append({"label": best, "probabilities": scores})
+    for row_K in probabilities_CK:
+        prediction = task.read(None, renderer, most, [row_K[None]])
+        row = task.present(None, prediction)
+        rows.append(row | {"probabilities": dict(sorted(prediction.items(), key=lambda pair: order[pair[0]]))})
     return {"predictions": rows, "num_tokens": sum(item.example.num_tokens for item in items)}
 
 
-def _labels(folder: Path) -> list[str]:
-    beside = folder / "classifier" / "config.json"  # an adapter's; a whole classifier has them in its own
-    config = json.loads((beside if beside.exists() else folder / "config.json").read_text(encoding="utf-8"))
+def _task(folder: Path) -> Task:
+    """The task of a head's config: an adapter's in a folder of its own, a whole classifier's beside its weights."""
+    beside = folder / CLASSIFIER_FOLDER / "config.json"
+    config = read_json(beside if beside.exists() else folder / "config.json")
     names = {int(index): label for index, label in config["id2label"].items()}
-    return [names[index] for index in range(len(names))]
+    labels = [names[index] for index in range(len(names))]
+    options: dict[str, Any] = {}
+    if config.get("problem_type") == MULTILABEL:
+        options = {"multiple": True, "threshold": config.get("label_threshold", DEFAULT_THRESHOLD)}
+    return task_for(ClassificationConfig(labels=labels, **options))

@@ -23,11 +23,13 @@ from luthier.data.rows import RowError
 from luthier.engine.scoring import score_examples
 from luthier.errors import RunError
 from luthier.files import atomic_file
+from luthier.tasks.classification.words import WordsTask
 from luthier.tasks.registry import head_of, task_for
 from luthier.tasks.shapes import Shaper
 from luthier.tasks.task import Task
 from luthier.tasks.text.metrics import perplexity
 from luthier.types import Example, Prompt
+from luthier.worker.choosing import choose_labels
 from luthier.worker.judge import write_replies
 from luthier.worker.loading import Tuned, load_tuned, placement_of
 from luthier.worker.progress import Progress, SilentProgress
@@ -112,7 +114,9 @@ class _Predictor:
 
     def fill(self, rows: list[_Row]) -> None:
         """Give each row its values, or say why it has none."""
-        if self.task.generates:
+        if isinstance(self.task, WordsTask):
+            self._choose(rows, self.task)
+        elif self.task.generates:
             self._write(rows)
         else:
             self._read(rows)
@@ -135,6 +139,24 @@ class _Predictor:
         replies = write_replies(base, renderer, prompts, self.tuned.slot, self.max_new_tokens)
         for (row, _), reply in zip(asked, replies, strict=True):
             row.values = self.task.present(row.record, reply)
+
+    def _choose(self, rows: list[_Row], task: WordsTask) -> None:
+        base, renderer = self.tuned.base, self.tuned.renderer
+        asked: list[_Row] = []
+        for row in _without_problem(rows):
+            try:
+                prompt, answers = task.answers(row.record, renderer)
+            except RowError as error:
+                row.problem = error.message
+                continue
+            most, longest = base.max_positions, len(prompt) + max(map(len, answers))
+            if most is not None and longest > most:
+                row.problem = f"the text and a label have {longest:,} tokens; expected at most {most:,}"
+                continue
+            asked.append(row)
+        found = choose_labels(base, renderer, task, [row.record for row in asked], self.tuned.slot)
+        for row, given in zip(asked, found, strict=True):
+            row.values = task.present(row.record, task.read(row.record, renderer, self.max_length, [given]))
 
     def _read(self, rows: list[_Row]) -> None:
         base, renderer = self.tuned.base, self.tuned.renderer
@@ -183,7 +205,7 @@ def _parse(item: Any, task: Task, shaper: Shaper) -> _Row:
 
 def _settled(task: Task, folder: RunFolder) -> Task:
     """The task with the classes that the run's data had."""
-    if head_of(task) is None:
+    if head_of(task) is None and not task.chooses:
         return task
     report = folder.read_json("data.json")
     if report is None:

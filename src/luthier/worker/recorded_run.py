@@ -140,7 +140,7 @@ class RecordedRun:
 
     @property
     def num_tokens(self) -> int:
-        return self.run.data.train.total_tokens
+        return self.run.data.examples.total_tokens
 
     def on_step(self, report: StepReport) -> StepRecord:
         """Let the run see to a step, and say what happened in it."""

@@ -83,7 +83,7 @@ class Run:
         progress.stage(f"Checking the data of {recipe.output}")
         with counted(seconds, "data"):
             data = prepare_data(recipe, renderer, folder.path / "data")
-            folder.write_json("data.json", data.report.to_json())
+            folder.write_json("data.json", data.report_json())
         for warning in data.report.warnings:
             progress.note(warning, "warning")
         return cls(recipe, folder, renderer, data, progress, resumed=resume and has_run, seconds=seconds)
@@ -114,7 +114,7 @@ class Run:
             check_writable(slot, base)
         if self.data.task.objective == "preference":
             self._ask_reference(slot)  # before a checkpoint's values come into the slot
-        self.job = TrainingJob(self.name, slot, self.data.train, self.recipe.train.spec())
+        self.job = TrainingJob(self.name, slot, self.data.examples, self.recipe.train.spec())
         if checkpoint is not None:
             extra = load_checkpoint(checkpoint, self.job, base)
             self._check_base(extra)
@@ -166,7 +166,7 @@ class Run:
 
     def exclusive_spec(self) -> ExclusiveSpec:
         """What an exclusive method does, with what the data and the schedule add."""
-        steps = total_steps(len(self.data.train), self.recipe.train.spec())
+        steps = total_steps(len(self.data.examples), self.recipe.train.spec())
         return replace(exclusive_spec(self.recipe.method), total_steps=steps, **head_fields(self.data.task))
 
     def _check_base(self, extra: dict[str, Any]) -> None:
@@ -206,11 +206,18 @@ class Run:
                 (
                     "data",
                     f"{report.num_rows:,} rows, {report.num_tokens:,} tokens, "
-                    f"{report.num_supervised_tokens:,} of them supervised",
+                    f"{report.num_supervised_tokens:,} of them supervised" + self._replayed(),
                 ),
                 ("steps", f"{self.job.total_steps:,} of {self.recipe.train.batch_size} examples"),
             ],
         )
+
+    def _replayed(self) -> str:
+        mixed = self.data.mixed
+        if mixed is None:
+            return ""
+        share = 100.0 * mixed.num_replayed_tokens / mixed.total_tokens
+        return f"; with {mixed.num_replayed_tokens:,} replayed tokens ({share:.1f}% of all)"
 
     def plan_judging(self) -> None:
         """Choose the held-out rows for the judgement and for the losses on the way."""
@@ -349,6 +356,7 @@ class Run:
             "base_name": public_name(self.recipe.base),
             "labels": list(self.data.task.outputs) or None,
             "pad_token_id": self.renderer.pad_id,
+            "threshold": self.data.task.threshold,
         }
 
     def _result(self, kept_step: int, peak_memory_bytes: int, device: str) -> dict[str, Any]:

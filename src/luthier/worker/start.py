@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from luthier.base.adapter_files import check_same_head
 from luthier.base.load import Base
 from luthier.base.own import OwnBase
 from luthier.checkpoints.peft_format import slot_from_adapter
@@ -15,7 +16,7 @@ from luthier.engine.slot import Slot
 from luthier.errors import RecipeError
 from luthier.methods.peft.layer import PeftBase
 from luthier.methods.registry import METHODS
-from luthier.types import HEAD_NOUNS, AdapterSpec
+from luthier.types import HEAD_NOUNS, AdapterSpec, HeadKind
 from luthier.worker.progress import Progress
 
 
@@ -39,6 +40,7 @@ def started_slot(base: Base, start: str, spec: AdapterSpec, name: str, progress:
             "set method.init: default, or leave start_from out",
         )
     slot = slot_from_adapter(base, adapter_folder(start), spec.dropout, lora_plus_ratio=spec.lora_plus_ratio)
+    check_same_head(start, _head_of(slot.spec), _head_of(spec))
     found, asked = _fit(slot.spec), _fit(spec)
     if found != asked:
         raise RecipeError(
@@ -64,6 +66,10 @@ def adapter_folder(start: str) -> Path:
     """Where the adapter lies that `start_from` names: an adapter's folder, or that of a run with one."""
     folder = Path(start)
     return folder / "adapter" if (folder / "adapter").exists() else folder
+
+
+def _head_of(spec: AdapterSpec) -> HeadKind | None:
+    return spec.head if spec.num_classes is not None else None
 
 
 def _fit(spec: AdapterSpec) -> str:

@@ -92,7 +92,7 @@ def check(folder: Path, spec: ExclusiveSpec) -> Outline:
             raise RecipeError(
                 f"method: {spec.peft_type.lower()} puts virtual tokens before a text, and a classifier reads none",
                 "a method that changes layers",
-                "use `task: completion` with the label as completion, or a method such as lokr or boft",
+                "use `task: {type: classification, head: words}`, or a method such as lokr or boft",
             )
     model = without_weights(folder)
     num_layers = model.config.get_text_config().num_hidden_layers

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.base.adapter_files import HEADS
+from luthier.base.adapter_files import CONFIG_FILE, check_same_head, read_head_kind
+from luthier.base.folder import read_json
 from luthier.base.own import OwnBase
 from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackedBatch
@@ -228,7 +229,7 @@ def read_peft(model: Any, base_folder: Path, folder: Path) -> PeftBase:
     _without_compiling()
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
-        head = HEADS.get(config.task_type)
+        head = read_head_kind(folder, config.task_type)
         # The engine keeps a classifier's head beside the model, so that bodies are loaded alike.
         config.task_type = "CAUSAL_LM"
         if head is not None:
@@ -256,9 +257,6 @@ def _no_start(spec: ExclusiveSpec) -> str:
 
 
 def _other_method(spec: ExclusiveSpec, folder: Path) -> str:
-    from luthier.base.adapter_files import CONFIG_FILE
-    from luthier.base.folder import read_json
-
     found = read_json(folder / CONFIG_FILE).get("peft_type")
     return "" if found == spec.peft_type else f"is of {found}, and the recipe asks for {spec.peft_type}"
 
@@ -266,6 +264,8 @@ def _other_method(spec: ExclusiveSpec, folder: Path) -> str:
 def _load_head(slot: OwnSlot, folder: Path) -> None:
     if slot.head is None:
         return
+    config = read_json(folder / CONFIG_FILE)
+    check_same_head(str(folder), read_head_kind(folder, config.get("task_type")), slot.spec.head)
     tensors, own = _head_tensors(folder), dict(slot.head.named_parameters())
     if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in own.items()}:
         found = f"{tensors['weight'].shape[0]} classes{', with a bias' if 'bias' in tensors else ''}"

@@ -35,7 +35,7 @@ async def create_completion(body: CompletionCreate, caller: Inferrer, context: C
 async def create_prediction(
     body: PredictCreate, caller: Inferrer, context: ContextDep, request: Request
 ) -> dict[str, Any]:
-    """Name the class of each text, with the probabilities of all."""
+    """Name the class of each text, or its labels where the model gives any number, with the probabilities of all."""
     model = await run_in_threadpool(find_model, context, caller, body.model)
     if model.task != "classification":
         raise InvalidRequestError(f"{body.model} has no head to predict with; chat with it.", param="model")

@@ -1,11 +1,4 @@
-"""Classification: a text becomes one sequence with a class.
-
-    [BOS, where the tokenizer adds one] text
-
-The head reads the hidden state at the last token. transformers' `*ForSequenceClassification` reads it at the right-most
-token that is not the padding token; so that both are the same place, a text never ends in the padding token here: what
-stands there of it is taken off.
-"""
+"""Classification by a head: a text becomes one sequence with a class."""
 
 from __future__ import annotations
 
@@ -14,13 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from luthier.data.rows import RowError, preview
 from luthier.data.template import Renderer
-from luthier.errors import DataError, nearest
+from luthier.errors import DataError
 from luthier.tasks.classification.schema import ClassificationConfig, LabelledText
-from luthier.tasks.fit import cut_to, too_long
+from luthier.tasks.classification.text import parse_label, read_text, unknown_label
 from luthier.tasks.shapes import require_text
 from luthier.tasks.task import Marks, Probabilities, Task, Truncation
 from luthier.types import Example, Objective, Prompt
@@ -28,13 +19,15 @@ from luthier.types import Example, Objective, Prompt
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """`task: classification`. See `luthier.tasks.task.Task` for the verbs."""
+    """`task: classification` with one class a text. See `luthier.tasks.task.Task` for the verbs."""
 
     config: ClassificationConfig = field(default_factory=ClassificationConfig)
     name: str = "classification"
     objective: Objective = "sequence_head"
     generates: bool = False
+    chooses: bool = False
     labels: tuple[str, ...] = ()
+    threshold: float | None = None
     needs: tuple[str, ...] = ()
 
     @property
@@ -57,15 +50,9 @@ class ClassificationTask:
 
     def parse(self, row: Mapping[str, Any]) -> LabelledText:
         text = require_text(row.get("text"), "text")
-        label = _parse_label(row.get("label"))
+        label = parse_label(row.get("label"))
         if self.labels and label not in self.labels:
-            raise RowError(
-                "label",
-                f"{label!r} is not one of the {len(self.labels)} labels{nearest(label, self.labels)}",
-                f"one of {_list(self.labels)}",
-                "correct the label, or add it under task.labels",
-                kind="label",
-            )
+            raise unknown_label(label, self.labels)
         return LabelledText(text, label)
 
     def parse_query(self, row: Mapping[str, Any]) -> LabelledText:
@@ -81,14 +68,17 @@ class ClassificationTask:
         self, record: LabelledText, renderer: Renderer, max_length: int, truncation: Truncation = "end", row: int = 0
     ) -> list[Example]:
         """One example with a class. `labels` must be settled before."""
-        tokens = self._tokens(record, renderer, max_length, truncation)
+        tokens = read_text(record.text, renderer, max_length, truncation)
         if tokens is None:
             return []
-        return [Example(tokens, np.zeros(tokens.shape, dtype=np.float32), self._index(record.label), row)]
+        if record.label not in self.labels:
+            raise unknown_label(record.label, self.labels, in_training=False)
+        index = self.labels.index(record.label)
+        return [Example(tokens, np.zeros(tokens.shape, dtype=np.float32), index, row)]
 
     def queries(self, record: LabelledText, renderer: Renderer, max_length: int, row: int = 0) -> list[Example]:
         """The text as it was trained on, cut at its end; its class is open, and any stands for it."""
-        tokens = self._tokens(record, renderer, max_length, "end")
+        tokens = read_text(record.text, renderer, max_length, "end")
         assert tokens is not None  # nothing is left out at the end
         return [Example(tokens, np.zeros(tokens.shape, dtype=np.float32), 0, row)]
 
@@ -116,58 +106,7 @@ class ClassificationTask:
     def signatures(self, records: Sequence[LabelledText]) -> dict[str, str]:
         return {}
 
-    def _tokens(
-        self, record: LabelledText, renderer: Renderer, max_length: int, truncation: Truncation
-    ) -> NDArray[np.int32] | None:
-        """The text's tokens, or None where it is left out for its length."""
-        ids = _strip_padding(renderer.with_bos(renderer.encode(record.text)), renderer.pad_id)
-        if len(ids) > max_length and truncation == "error":
-            raise too_long(len(ids), max_length)
-        if len(ids) > max_length and truncation == "drop":
-            return None
-        tokens = np.asarray(ids, dtype=np.int32)
-        weights = np.zeros(tokens.shape, dtype=np.float32)
-        tokens, _ = cut_to(tokens, weights, renderer.bos_id, max_length, truncation)
-        tokens = np.asarray(_strip_padding(tokens.tolist(), renderer.pad_id), dtype=np.int32)
-        if len(tokens) <= int(renderer.bos_id is not None):
-            raise RowError("text", f"{preview(record.text)} has no tokens of its own", "some text", kind="empty")
-        return tokens
-
     def prompts(
         self, record: LabelledText, renderer: Renderer, shots: Sequence[LabelledText] = (), row: int = 0
     ) -> list[Prompt]:
         return []
-
-    def _index(self, label: str) -> int:
-        if label in self.labels:
-            return self.labels.index(label)
-        raise RowError(
-            "label",
-            f"{label!r} does not occur in the training rows{nearest(label, self.labels)}",
-            f"one of {_list(self.labels)}",
-            "add training rows of this class, or correct the label",
-            kind="label",
-        )
-
-
-def _strip_padding(ids: Sequence[int], pad_id: int) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == pad_id:
-        end -= 1
-    return list(ids[:end])
-
-
-def _parse_label(value: Any) -> str:
-    # A column of whole numbers with gaps is read as floats from CSV and Parquet.
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise RowError("label", f"is {preview(value)}", "a text or a whole number")
-    return require_text(value, "label").strip()
-
-
-def _list(labels: Sequence[str], limit: int = 10) -> str:
-    shown = ", ".join(labels[:limit])
-    return shown if len(labels) <= limit else f"{shown} and {len(labels) - limit} more"

@@ -50,7 +50,9 @@ class TaggingTask:
     name: str = "tagging"
     objective: Objective = "token_head"
     generates: bool = False
+    chooses: bool = False
     labels: tuple[str, ...] = ()
+    threshold: float | None = None
     needs: tuple[str, ...] = ("seqeval",)
 
     @property
