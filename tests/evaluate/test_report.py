@@ -116,9 +116,14 @@ def test_a_classifier_gets_its_confusion(classification_run: Path) -> None:
     assert pairs[0][2] == max(pair[2] for pair in pairs)
 
 
-def test_many_classes_get_pairs_rather_than_a_picture(tmp_path: Path) -> None:
+def test_of_many_classes_those_with_the_most_mistakes_are_drawn(tmp_path: Path) -> None:
+    names, matrix_CC = ["a", "b", "c", "d"], np.diag([5, 5, 5, 5])
+    matrix_CC[1, 3], matrix_CC[2, 3] = 2, 1
+    shown, part_CC = samples.most_mistaken(names, matrix_CC, 2)
+    assert (shown, part_CC.tolist()) == (["b", "d"], [[5, 2], [0, 5]])
     html, page = page_of(build_classification_run(tmp_path / "many", [f"class {i:02d}" for i in range(40)]))
-    assert "Confusion matrix" not in html
+    assert "Confusion matrix" in html
+    assert "The 30 of 40 classes with the most mistakes" in page.text
     assert "of 40 classes" in page.text
     assert page.text.count("of 20") == samples.MAX_CONFUSED_PAIRS
 

@@ -318,6 +318,30 @@ def test_labels_by_words_are_scored_as_transformers_scores_each(
         assert line["probabilities"] == pytest.approx(dict(zip(labels, wanted, strict=True)), abs=1e-4)
 
 
+@pytest.mark.parametrize("method", [{"type": "full"}, {"type": "lokr"}, {"type": "prompt", "virtual_tokens": 4}])
+def test_words_of_an_exclusive_method_are_predicted_as_they_were_judged(
+    method: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The last runs padded, with positions before the prompt that are no tokens."""
+    task, rows, _ = TASKS["words"]
+    run = trained(tiny_llama, tmp_path, task, rows, method=method)
+    judged = [json.loads(line)["tuned"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predict_file(run, tmp_path / "held.jsonl", tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["label"] for line in lines] == judged
+    scores, first = luthier.evaluate_run(run), json.loads((run / "eval.json").read_text())
+    for who in ("base", "tuned"):
+        assert scores[who]["accuracy"]["value"] == first[who]["accuracy"]["value"]
+
+
+def test_examples_in_the_prompt_are_judged_too(tiny_llama: Path, tmp_path: Path) -> None:
+    task, rows, _ = TASKS["words"]
+    run = trained(tiny_llama, tmp_path, task, rows, evaluation={"rows": 4, "shots": 2})
+    scores = json.loads((run / "eval.json").read_text())
+    assert {"accuracy", "macro_f1"} <= scores["base_2_shot"].keys()
+    assert "loss" not in scores["base_2_shot"]
+
+
 def test_a_tagger_is_exported_whole(tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForTokenClassification
 

@@ -212,9 +212,13 @@ def _confusion(record: RunRecord) -> dict[str, Any] | None:
     names, matrix_CC = samples.confusion(record.predictions)
     if not names:
         return None
-    is_small = len(names) <= figures.MAX_MATRIX_CLASSES
-    picture = Markup(figures.confusion_matrix(matrix_CC, names)) if is_small else None
-    return {"picture": picture, "pairs": samples.confused_pairs(names, matrix_CC), "num_classes": len(names)}
+    shown, part_CC = samples.most_mistaken(names, matrix_CC, figures.MAX_MATRIX_CLASSES)
+    return {
+        "picture": Markup(figures.confusion_matrix(part_CC, shown)),
+        "num_shown": len(shown),
+        "pairs": samples.confused_pairs(names, matrix_CC),
+        "num_classes": len(names),
+    }
 
 
 def _curves(record: RunRecord) -> dict[str, Markup | None]:

@@ -103,6 +103,17 @@ def confusion(predictions: Sequence[Mapping[str, Any]], model: str = "tuned") ->
     return names, matrix_CC
 
 
+def most_mistaken(
+    names: Sequence[str], matrix_CC: NDArray[np.int64], limit: int
+) -> tuple[list[str], NDArray[np.int64]]:
+    """The classes with the most mistakes, as truth or as prediction, in their order, and their part of the matrix."""
+    if len(names) <= limit:
+        return list(names), matrix_CC
+    mistakes_C = matrix_CC.sum(axis=0) + matrix_CC.sum(axis=1) - 2 * np.diag(matrix_CC)
+    kept = np.sort(np.argsort(-mistakes_C, kind="stable")[:limit])
+    return [names[place] for place in kept], matrix_CC[np.ix_(kept, kept)]
+
+
 def confused_pairs(names: Sequence[str], matrix_CC: NDArray[np.int64]) -> list[tuple[str, str, int, int]]:
     """The most frequent mistakes as (true, predicted, count, rows of the true class), most frequent first."""
     totals = matrix_CC.sum(axis=1)
