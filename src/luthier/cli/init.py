@@ -30,6 +30,7 @@ class TaskName(StrEnum):
     text = "text"
     classification = "classification"
     tagging = "tagging"
+    music = "music"
 
 
 class Effort(StrEnum):
@@ -55,6 +56,7 @@ _FIELD_QUESTIONS = {
     },
     "translation": {"source": "Which column holds the source", "target": "Which column holds its translation"},
     "tagging": {"tokens": "Which column holds the words", "tags": "Which column holds their BIO tags"},
+    "music": {"abc": "Which column holds the tune in ABC notation"},
     "text": {"text": "Which column holds the text"},
     "classification": {"text": "Which column holds the text", "label": "Which column names its class"},
 }
@@ -66,6 +68,7 @@ _FORMATS = {
     "text": "text",
     "classification": "classification",
     "tagging": "tokens",
+    "music": "abc",
 }
 _TASKS = ", ".join(list(TaskName)[:-1]) + f" or {list(TaskName)[-1]}"
 

@@ -13,6 +13,10 @@ LABELS = {
     "recall": "Recall",
     "chrf": "chrF",
     "bleu": "BLEU",
+    "bars_fit": "Bars that fit",
+    "key_agreement": "Notes in key",
+    "iou": "IoU",
+    "valid": "Valid",
     "exact_match": "Exact match",
     "accuracy": "Accuracy",
     "macro_f1": "Macro-F1",
@@ -21,11 +25,14 @@ LABELS = {
     "token_accuracy": "Token accuracy",
     "tag_accuracy": "Tag accuracy",
 }
-PRIMARY = ("f1", "chrf", "exact_match", "accuracy", "perplexity", "loss", "token_accuracy")
+PRIMARY = ("f1", "chrf", "bars_fit", "iou", "exact_match", "accuracy", "perplexity", "loss", "token_accuracy")
 """The first of these that both models have makes the headline."""
 
 _SHARES = frozenset(
-    {"f1", "precision", "recall", "exact_match", "accuracy", "macro_f1", "token_accuracy", "tag_accuracy"}
+    {
+        *("f1", "precision", "recall", "exact_match", "accuracy", "macro_f1", "token_accuracy", "tag_accuracy"),
+        *("valid", "bars_fit", "key_agreement", "iou"),
+    }
 )
 _ENDS = (("0%", 0.0), ("100%", 1.0))
 _SHOTS = re.compile(r"base_(\d+)_shots?")
@@ -41,10 +48,11 @@ def label(metric: str) -> str:
 
 
 def model_names(evaluation: Mapping[str, Any]) -> list[str]:
-    """The models that an eval.json scores: "base", "base_3_shot" and the like, "tuned", in that order."""
+    """The models that an eval.json scores: "base", "base_3_shot" and the like, "tuned", in that order; then
+    "reference", where references have scores of their own."""
     found = [name for name, scores in evaluation.items() if isinstance(scores, Mapping) and scores]
     shots = sorted((name for name in found if _SHOTS.fullmatch(name)), key=lambda name: int(name.split("_")[1]))
-    return [name for name in ("base", *shots, "tuned") if name in found]
+    return [name for name in ("base", *shots, "tuned", "reference") if name in found]
 
 
 def model_label(name: str) -> str:

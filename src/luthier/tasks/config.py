@@ -9,12 +9,20 @@ from pydantic import Field
 from luthier.tasks.chat.schema import ChatConfig
 from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.completion.schema import CompletionConfig
+from luthier.tasks.music.schema import MusicConfig
 from luthier.tasks.qa.schema import QaConfig
 from luthier.tasks.tagging.schema import TaggingConfig
 from luthier.tasks.text.schema import TextConfig
 from luthier.tasks.translation.schema import TranslationConfig
 
 TaskConfig = Annotated[
-    ChatConfig | CompletionConfig | QaConfig | TranslationConfig | TextConfig | ClassificationConfig | TaggingConfig,
+    ChatConfig
+    | CompletionConfig
+    | QaConfig
+    | TranslationConfig
+    | TextConfig
+    | ClassificationConfig
+    | TaggingConfig
+    | MusicConfig,
     Field(discriminator="type"),
 ]

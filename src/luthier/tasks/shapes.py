@@ -10,6 +10,7 @@
 | translation    | source, target, optionally source_lang and target_lang      | translation      |
 | tokens         | tokens, tags (BIO)                                          | tagging          |
 | spans          | text, spans of {start, end, label} in characters            | tagging          |
+| abc            | abc, optionally prompt or instruction, title, rhythm, metre, key | music       |
 | text           | text                                                        | text             |
 | classification | text, label                                                 | classification   |
 
@@ -80,6 +81,7 @@ FORMATS: dict[str, Format] = {
     "translation": Format(("source", "target"), ("translation",), ("source_lang", "target_lang"), ("target",)),
     "tokens": Format(("tokens", "tags"), ("tagging",), (), ("tags",)),
     "spans": Format(("text", "spans"), ("tagging",), (), ("spans",)),
+    "abc": Format(("abc",), ("music",), ("prompt", "instruction", "title", "rhythm", "metre", "key"), answers=("abc",)),
     "text": Format(("text",), ("text",)),
     "classification": Format(("text", "label"), ("classification",), (), ("label",)),
 }

@@ -33,6 +33,7 @@ from luthier.files import atomic_folder
 from luthier.methods.config import exclusive_spec
 from luthier.recipe import Recipe
 from luthier.types import ExclusiveSpec
+from luthier.worker.exhibits import write_exhibits
 from luthier.worker.judge import SCORE_TOKENS
 from luthier.worker.judging import Best, Judging, counted
 from luthier.worker.loading import adapter_spec, head_fields, prepare_data, public_name
@@ -286,6 +287,7 @@ class Run:
         status = "failed" if self.job.state == "failed" else "done"
         self.folder.set_state(status, step=self.job.step, problem=self.job.problem)
         if self.writes_report:
+            write_exhibits(self.folder, self.data.task, self.judging.judge.record_of, self.judging.scores)
             write_report(self.folder.path)
             write_card(self.folder.path)
         self.progress.finish(

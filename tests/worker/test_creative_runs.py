@@ -1,0 +1,78 @@
+"""Tasks whose rows are works: a tiny model's garbage is trained on, judged, pictured and predicted, and scores 0."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.main import app
+
+PLACES = ["Paris", "Genf 😀", "Zürich", "東京", "Lima", "Oslo", "Bern", "Rom"]
+WORKS: dict[str, tuple[list[dict[str, Any]], set[str], set[str], set[str]]] = {
+    "music": (
+        [{"abc": f"X:1\nT:{p}\nM:4/4\nL:1/8\nK:D\nD2F2 A4|d8|", "prompt": f"A tune for {p}"} for p in PLACES],
+        {"valid", "bars_fit", "key_agreement"},
+        {"row-0.svg", "row-0-reference.mid", "row-7-tuned.abc"},
+        {"abc", "valid", "problem"},
+    ),
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_garbage_scores_nothing_and_crashes_nothing(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    rows, metrics, exhibits, keys = WORKS[name]
+    held = write(tmp_path / "held.jsonl", rows)
+    run = tmp_path / "run"
+    recipe = {
+        "base": str(tiny_llama),
+        "task": name,
+        "data": {"train": str(write(tmp_path / "train.jsonl", rows * 2)), "validation": str(held)},
+        "method": {"type": "lora", "rank": 2},
+        "train": {"max_steps": 2, "batch_size": 8, "max_length": 512},
+        "evaluation": {"rows": 100, "max_new_tokens": 6, "shots": 1},
+        "compute": {"device": "cpu", "threads": 1},
+        "output": str(run),
+    }
+    assert luthier.train(recipe).status == "done"
+    scores = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    for who in ("base", "tuned"):
+        assert {metric: scores[who][metric]["value"] for metric in metrics} == dict.fromkeys(metrics, 0.0)
+        assert scores[who]["loss"]["value"] > 0
+    assert scores["reference"]["valid"]["value"] == 1.0
+    assert exhibits <= {path.name for path in (run / "exhibits").iterdir()}
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "Pictures of held-out rows" in report
+    assert 'src="data:image/' in report
+    queries = [{key: value for key, value in row.items() if key != "svg"} for row in rows]
+    out = tmp_path / "out.jsonl"
+    arguments = ["predict", str(run), str(write(tmp_path / "q.jsonl", queries)), "-o", str(out), "-q"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == len(rows)
+    assert all(line.keys() == {"row", "line", *keys} and not line["valid"] for line in lines)
+
+
+def test_a_run_without_held_out_rows_has_no_exhibits(tiny_llama: Path, tmp_path: Path) -> None:
+    rows, *_ = WORKS["music"]
+    recipe = {
+        "base": str(tiny_llama),
+        "task": "music",
+        "data": {"train": str(write(tmp_path / "train.jsonl", rows)), "validation": None},
+        "train": {"max_steps": 1, "batch_size": 4, "max_length": 512},
+        "compute": {"device": "cpu", "threads": 1},
+        "output": str(tmp_path / "run"),
+    }
+    assert luthier.train(recipe).status == "done"
+    assert "Pictures" not in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "run/exhibits/index.json").read_text(encoding="utf-8")) == []
