@@ -14,7 +14,7 @@ MINIMUM_BITSANDBYTES = "0.50"
 """The first with 8-bit AdamW on a CPU and one dequantization for every processor; as in pyproject.toml."""
 
 
-_EXTRAS = {"mido": "music"}
+_EXTRAS = {"mido": "music", "defusedxml": "art", "resvg_py": "art"}
 """Package -> its extra, where that is not `tasks`."""
 
 

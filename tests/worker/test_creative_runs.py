@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.main import app
 
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect width="{}" height="8"/></svg>'
 PLACES = ["Paris", "Genf 😀", "Zürich", "東京", "Lima", "Oslo", "Bern", "Rom"]
 WORKS: dict[str, tuple[list[dict[str, Any]], set[str], set[str], set[str]]] = {
     "music": (
@@ -19,6 +20,12 @@ WORKS: dict[str, tuple[list[dict[str, Any]], set[str], set[str], set[str]]] = {
         {"valid", "bars_fit", "key_agreement"},
         {"row-0.svg", "row-0-reference.mid", "row-7-tuned.abc"},
         {"abc", "valid", "problem"},
+    ),
+    "art": (
+        [{"prompt": f"a map of {p}", "svg": SVG.format(n + 1)} for n, p in enumerate(PLACES)],
+        {"valid", "iou"},
+        {"drawings.png", "row-0-reference.svg"},
+        {"svg", "valid", "problem"},
     ),
 }
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.tasks.art.schema import ArtConfig
 from luthier.tasks.chat.schema import ChatConfig
 from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.completion.schema import CompletionConfig
@@ -23,6 +24,7 @@ TaskConfig = Annotated[
     | TextConfig
     | ClassificationConfig
     | TaggingConfig
-    | MusicConfig,
+    | MusicConfig
+    | ArtConfig,
     Field(discriminator="type"),
 ]

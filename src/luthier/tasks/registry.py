@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from luthier.tasks.art.exhibit import exhibits as art_exhibits
+from luthier.tasks.art.render import ArtTask
 from luthier.tasks.chat.render import ChatTask
 from luthier.tasks.classification.render import ClassificationTask
 from luthier.tasks.completion.render import CompletionTask
@@ -26,11 +28,15 @@ _TASKS: dict[str, Callable[[Any], Task]] = {
     "qa": QaTask,
     "translation": TranslationTask,
     "music": MusicTask,
+    "art": ArtTask,
     "classification": lambda config: ClassificationTask(config, labels=tuple(config.labels or ())),
     "tagging": lambda config: TaggingTask(config, labels=tuple(config.labels or ())),
 }
 
-_EXHIBITS: dict[str, Callable[[Any, Sequence[Judged]], list[Exhibit]]] = {"music": music_exhibits}
+_EXHIBITS: dict[str, Callable[[Any, Sequence[Judged]], list[Exhibit]]] = {
+    "music": music_exhibits,
+    "art": art_exhibits,
+}
 
 _HEADS: dict[Objective, HeadKind] = {"sequence_head": "sequence", "token_head": "token"}
 
