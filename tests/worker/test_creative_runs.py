@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.main import app
+from luthier.errors import RecipeError
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect width="{}" height="8"/></svg>'
 PLACES = ["Paris", "Genf 😀", "Zürich", "東京", "Lima", "Oslo", "Bern", "Rom"]
@@ -70,12 +72,50 @@ def test_garbage_scores_nothing_and_crashes_nothing(name: str, tiny_llama: Path,
     assert all(line.keys() == {"row", "line", *keys} and not line["valid"] for line in lines)
 
 
-def test_a_run_without_held_out_rows_has_no_exhibits(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "package"), [("music", "mido"), ("art", "resvg_py")])
+def test_a_missing_package_is_named_before_anything_is_done(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda asked, *more: None if asked == package else find(asked, *more)
+    )
+    recipe = {"base": str(tmp_path / "no-base"), "task": name, "data": {"train": "x"}, "output": str(tmp_path / "run")}
+    with pytest.raises(RecipeError, match=rf"(?s)task: {name} is judged with {package}, .*luthier\[{name}\]"):
+        luthier.train(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("music", {"abc": "GAB c3|"}, "line 2 (abc): has no K: field"),
+        ("art", {"prompt": "a door", "svg": "a door"}, "line 2 (svg): holds no <svg> element"),
+    ],
+)
+def test_wrong_rows_are_told_by_line(
+    name: str, wrong: dict[str, Any], said: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows, *_ = WORKS[name]
+    data = write(tmp_path / "rows.jsonl", [rows[0], wrong, rows[1]])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {tiny_llama}\ntask: {name}\ndata: {{train: {data}, validation: null}}\n", encoding="utf-8"
+    )
+    result = CliRunner().invoke(app, ["check", str(recipe)])
+    assert result.exit_code != 0
+    assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("validation", [None, 0.0])
+def test_a_run_without_held_out_rows_has_no_exhibits(
+    validation: float | None, tiny_llama: Path, tmp_path: Path
+) -> None:
     rows, *_ = WORKS["music"]
     recipe = {
         "base": str(tiny_llama),
         "task": "music",
-        "data": {"train": str(write(tmp_path / "train.jsonl", rows)), "validation": None},
+        "data": {"train": str(write(tmp_path / "train.jsonl", rows)), "validation": validation},
         "train": {"max_steps": 1, "batch_size": 4, "max_length": 512},
         "compute": {"device": "cpu", "threads": 1},
         "output": str(tmp_path / "run"),
