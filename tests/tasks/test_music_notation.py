@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from fractions import Fraction
 
 import pytest
 
 from luthier.tasks.music.metrics import fitting_bars, notes_in_key
 from luthier.tasks.music.midi import midi_file, played_bars
-from luthier.tasks.music.notation import NotationError, Tune, read_tune
+from luthier.tasks.music.notation import NotationError, Tune, read_or_fault, read_tune
 from luthier.tasks.music.theory import Key, Metre
 
 HEAD = "X:1\nT:t\nM:4/4\nL:1/8\nK:"
@@ -181,3 +182,22 @@ def test_the_midi_file_reads_back() -> None:
     once = [(0, True, 60), (0, True, 64), (1, False, 60), (1, False, 64), (1, True, 67), (3, False, 67)]
     assert sounds == once + [(at + 4, on, note) for at, on, note in once]
     assert file.length == pytest.approx(3.5)
+
+
+def test_no_text_is_read_with_another_error_or_into_bars_that_do_not_add_up() -> None:
+    draw = random.Random(7)
+    letters = "ABCDEFGabcdefgzxZX |:[]1234567890/\\^_=,'<>(){}\"!+.~-&%HTuMLK\nw😀露"
+    num_read = 0
+    for n in range(400):
+        text = list(f"{HEAD}D\n|:D2F2 (3ABc d>e|[M:3/4] [DFA]4 z2:|\n")
+        if n % 4 == 0:
+            text += draw.choices(letters, k=60)
+        for _ in range(draw.randint(1, 4)):
+            text[draw.randrange(len(text))] = draw.choice(letters)
+        found = read_or_fault("".join(text))
+        if isinstance(found, Tune):
+            num_read += 1
+            assert all(bar.num_rests or sum(note.length for note in bar.notes) == bar.length for bar in found.bars)
+            assert len(fitting_bars(found.bars)) == len(found.bars)
+            assert midi_file(found)[:4] == b"MThd"
+    assert 20 < num_read < 380

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,15 @@ def test_the_contact_sheet_shows_three_drawings_a_row() -> None:
     black = (sheet[..., :3].max(axis=2) < 0.1).mean()
     assert 0.1 < black < 0.5  # half of two of every three frames
     assert exhibits(TASK, []) == []
+
+
+def test_no_text_is_drawn_with_another_error() -> None:
+    draw = random.Random(7)
+    letters = "<>/=\"'# 0123456789.eMLCZzhv-svgpathuse&;%\n\x00😀"
+    kinds = set()
+    for _ in range(300):
+        text = list(svg('<g id="a"><path d="M1 1 6 6"/></g><use href="#a" x="2"/>'))
+        for _ in range(draw.randint(1, 3)):
+            text[draw.randrange(len(text))] = draw.choice(letters)
+        kinds.add(type(ink_of("".join(text), 16)))
+    assert kinds == {np.ndarray, DrawingError}

@@ -99,7 +99,7 @@ class Task(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Packages that scoring needs, of the extra `tasks`."""
+        """Packages that judging needs, each of an extra (`extras.py`)."""
         ...
 
     def with_labels(self, labels: Sequence[str]) -> Task:
