@@ -17,7 +17,7 @@ from luthier.data.template import Renderer
 from luthier.errors import RecipeError
 from luthier.extras import require_for_scoring
 from luthier.tasks.art import renderer as renderer_module
-from luthier.tasks.art.exhibit import exhibits
+from luthier.tasks.art.exhibit import exhibits, shared_beginning
 from luthier.tasks.art.guard import MAX_CHARACTERS, DrawingError, check_drawing
 from luthier.tasks.art.raster import ink_of, iou, picture_of
 from luthier.tasks.art.schema import ArtConfig
@@ -41,8 +41,11 @@ def test_the_description_is_the_prompt_and_the_drawing_carries_loss(family: str,
     prompt = check_exchange(TASK, ROW, SQUARE, family, tmp_path)
     assert ROW["prompt"] in prompt.text
     assert prompt.reference == SQUARE
-    told = task_for(ArtConfig(instruction="Draw this as SVG:"))
-    assert f"Draw this as SVG:\n\n{ROW['prompt']}" in check_exchange(told, ROW, SQUARE, family, tmp_path).text
+    assert "Draw this as SVG:" not in prompt.text
+    described = {"description": ROW["prompt"], "svg": SQUARE}
+    assert f"Draw this as SVG:\n\n{ROW['prompt']}" in check_exchange(TASK, described, SQUARE, family, tmp_path).text
+    untold = task_for(ArtConfig(instruction="")).parse(described)
+    assert untold.prompt == ROW["prompt"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_what_does_not_hold_is_named(change: dict[str, Any], field: str, said: s
 
 def test_rows_are_recognized_and_mapped() -> None:
     shaped = Shaper("art").shape({"description": "door", "svg": SQUARE, "id": 3})
-    assert TASK.parse(shaped).prompt == "door"
+    assert TASK.parse(shaped).prompt == "Draw this as SVG:\n\ndoor"
     mapped = Shaper("art", fields={"svg": "completion"}).shape({"prompt": "p", "completion": SQUARE})
     assert TASK.parse(mapped).svg == SQUARE
     query = TASK.parse_query(Shaper("art", fields={"svg": "completion"}).shape({"prompt": "p"}, is_query=True))
@@ -231,3 +234,9 @@ def test_no_text_is_drawn_with_another_error() -> None:
             text[draw.randrange(len(text))] = draw.choice(letters)
         kinds.add(type(ink_of("".join(text), 16)))
     assert kinds == {np.ndarray, DrawingError}
+
+
+def test_the_sheet_leaves_out_what_all_prompts_begin_with() -> None:
+    assert shared_beginning(["Draw:\n\na red door", "Draw:\n\na red window"]) == len("Draw:\n\na red ")
+    assert shared_beginning(["Draw:\n\ndoor", "Draw:\n\nwindow"]) == len("Draw:\n\n")
+    assert shared_beginning(["door"]) == shared_beginning(["door", "window"]) == 0

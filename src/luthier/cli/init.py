@@ -58,7 +58,7 @@ _FIELD_QUESTIONS = {
     "translation": {"source": "Which column holds the source", "target": "Which column holds its translation"},
     "tagging": {"tokens": "Which column holds the words", "tags": "Which column holds their BIO tags"},
     "music": {"abc": "Which column holds the tune in ABC notation"},
-    "art": {"prompt": "Which column says what is to be drawn", "svg": "Which column holds the drawing as SVG"},
+    "art": {"description": "Which column says what is to be drawn", "svg": "Which column holds the drawing as SVG"},
     "text": {"text": "Which column holds the text"},
     "classification": {"text": "Which column holds the text", "label": "Which column names its class"},
 }

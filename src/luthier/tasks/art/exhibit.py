@@ -35,7 +35,7 @@ def contact_sheet(rows: Sequence[Judged]) -> bytes:
 
     num_lines = -(-len(rows) // _PER_LINE)
     num_columns = len(_WHO) * min(_PER_LINE, len(rows))
-    shared = _shared([judged.record.prompt for judged in rows])
+    shared = shared_beginning([judged.record.prompt for judged in rows])
     figure = Figure(figsize=(1.55 * num_columns + 0.3, 2.05 * num_lines + 0.2), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     for at, judged in enumerate(rows):
@@ -68,13 +68,13 @@ def _drawings(judged: Judged) -> list[tuple[str, str]]:
     return [(who, judged.record.svg if who == "reference" else judged.replies.get(who, "")) for who in _WHO]
 
 
-def _shared(prompts: Sequence[str]) -> int:
+def shared_beginning(prompts: Sequence[str]) -> int:
     """How many characters all prompts begin with, up to a word: they tell no row from another."""
     if len(prompts) < 2:
         return 0
     first, last = min(prompts), max(prompts)
     num_equal = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[:num_equal].rfind(" ") + 1
+    return 1 + max(first[:num_equal].rfind(space) for space in " \n")
 
 
 def _plain(text: str) -> str:

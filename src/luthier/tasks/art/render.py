@@ -19,7 +19,7 @@ from luthier.tasks.task import Marks, Truncation
 from luthier.types import Example, Objective, Prompt
 
 PROMPTS = ("prompt", "instruction", "description")
-"""Columns that may say what is to be drawn; the first that a row has counts."""
+"""Columns that may say what is to be drawn; the first that a row has counts, and the last follows the task's words."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class ArtTask(WithoutClasses, Writes):
         svg = require_text(row.get("svg"), "svg").strip()
         if "<svg" not in svg:
             raise RowError("svg", "holds no <svg> element", "a drawing as SVG")
-        return Drawing(_prompt_of(row), svg)
+        return Drawing(self._prompt_of(row), svg)
 
     def parse_query(self, row: Mapping[str, Any]) -> Drawing:
-        return Drawing(_prompt_of(row), "")
+        return Drawing(self._prompt_of(row), "")
 
     def from_json(self, value: Mapping[str, Any]) -> Drawing:
         return Drawing.from_json(value)
@@ -48,12 +48,12 @@ class ArtTask(WithoutClasses, Writes):
         self, record: Drawing, renderer: Renderer, max_length: int, truncation: Truncation = "end", row: int = 0
     ) -> list[Example]:
         """One example; the drawing and its end carry loss. One that is cut at its end never teaches to stop there."""
-        return fit([sequence(self._question(record), record.svg, renderer)], renderer, max_length, truncation, row)
+        return fit([sequence(record.prompt, record.svg, renderer)], renderer, max_length, truncation, row)
 
     def prompts(self, record: Drawing, renderer: Renderer, shots: Sequence[Drawing] = (), row: int = 0) -> list[Prompt]:
         """The description as it was trained on; `shots` stand in front, drawn."""
-        shown = [(self._question(shot), shot.svg) for shot in shots]
-        return [prompt(self._question(record), record.svg, renderer, shots=shown, row=row)]
+        shown = [(shot.prompt, shot.svg) for shot in shots]
+        return [prompt(record.prompt, record.svg, renderer, shots=shown, row=row)]
 
     def mark(self, record: Drawing, prediction: str, reference: str = "") -> Marks:
         """Whether it is a drawing that is safe to render, and how much of its ink is the reference's."""
@@ -78,17 +78,15 @@ class ArtTask(WithoutClasses, Writes):
     def _ink(self, svg: str) -> Any:
         return ink_of(svg, self.config.resolution)
 
-    def _question(self, record: Drawing) -> str:
-        return "\n\n".join(part for part in (self.config.instruction, record.prompt) if part.strip())
-
-
-def _prompt_of(row: Mapping[str, Any]) -> str:
-    name = next((name for name in PROMPTS if row.get(name) is not None), None)
-    if name is None:
-        raise RowError(
-            "prompt",
-            "is missing",
-            f"what is to be drawn, in a column {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}",
-            "add the column, or map another onto it with `data.fields`",
-        )
-    return require_text(row[name], name)
+    def _prompt_of(self, row: Mapping[str, Any]) -> str:
+        name = next((name for name in PROMPTS if row.get(name) is not None), None)
+        if name is None:
+            raise RowError(
+                "prompt",
+                "is missing",
+                f"what is to be drawn, in a column {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}",
+                "add the column, or map another onto it with `data.fields`",
+            )
+        text = require_text(row[name], name)
+        is_told = name == "description" and self.config.instruction.strip()
+        return f"{self.config.instruction}\n\n{text}" if is_told else text

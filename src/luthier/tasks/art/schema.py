@@ -15,15 +15,15 @@ class ArtConfig(Strict):
     """Learn to draw as SVG."""
 
     type: Literal["art"] = "art"
-    instruction: str = ""
-    """What the model is told before a row's own prompt; an empty text leaves it out."""
+    instruction: str = "Draw this as SVG:"
+    """What the model is told before a row's `description`; a row's `prompt` or `instruction` stands alone."""
     resolution: int = Field(default=64, ge=16, le=512)
     """Pixels a side of the rasters that are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A description, and the drawing that is right for it; empty in a row to predict for."""
+    """What asks for a drawing, and the drawing that is right; empty in a row to predict for."""
 
     prompt: str
     svg: str
