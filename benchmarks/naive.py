@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from luthier.evaluate.corpus import FORMULAS
+from luthier.tasks.art.guard import DrawingError
+from luthier.tasks.art.raster import ink_of, iou
 from luthier.tasks.task import Task
 
 WORD = re.compile(r"\w+")
@@ -23,6 +25,7 @@ def naive_baseline(task: Task, train: Sequence[Any], test: Sequence[Any]) -> tup
     - tagging: every longest run of words that is an entity of the training rows; entity F1.
     - translation: the source as it is; chrF.
     - qa with choices: the commonest answer of the training rows; accuracy.
+    - art: one drawing for all rows, the ink that most training drawings have in common; IoU.
     """
     if task.name == "classification":
         return "naive Bayes", _naive_bayes([(r.text, r.label) for r in train], [(r.text, r.label) for r in test])
@@ -34,7 +37,25 @@ def naive_baseline(task: Task, train: Sequence[Any], test: Sequence[Any]) -> tup
     if task.name == "qa" and getattr(task, "config").choices:  # noqa: B009 (the protocol has no config)
         answer = Counter(record.answers[0] for record in train).most_common(1)[0][0]
         return f"always {answer}", sum(record.answers[0] == answer for record in test) / len(test)
+    if task.name == "art":
+        return "mean drawing", _mean_drawing(getattr(task, "config").resolution, train, test)  # noqa: B009
     return None
+
+
+def _mean_drawing(side: int, train: Sequence[Any], test: Sequence[Any]) -> float:
+    """The mean of the training drawings' ink, cut at the share at which it is closest to the training drawings."""
+    parts = []
+    for records in (train, test):
+        inks = [ink_of(record.svg, side) for record in records]
+        parts.append([ink for ink in inks if not isinstance(ink, DrawingError)])
+    known, asked = parts
+    mean = np.mean(known, axis=0)
+
+    def score(share: float, inks: Sequence[Any]) -> float:
+        return sum(iou(mean >= share, ink) for ink in inks)
+
+    share = max(np.unique(mean[mean > 0]), key=lambda share: score(share, known))
+    return score(share, asked) / len(test)
 
 
 def _naive_bayes(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> float:

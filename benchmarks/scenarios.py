@@ -39,6 +39,8 @@ METRICS = {
     "tagging": "f1",
     "translation": "chrf",
     "qa": "f1",
+    "music": "bars_fit",
+    "art": "iou",
     "chat": "loss",
     "completion": "loss",
     "text": "perplexity",

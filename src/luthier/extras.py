@@ -14,6 +14,10 @@ MINIMUM_BITSANDBYTES = "0.50"
 """The first with 8-bit AdamW on a CPU and one dequantization for every processor; as in pyproject.toml."""
 
 
+_EXTRAS = {"mido": "music", "defusedxml": "art", "resvg_py": "art"}
+"""Package -> its extra, where that is not `tasks`."""
+
+
 def require_for_scoring(task: str, packages: Sequence[str]) -> None:
     """Refuse a task whose scores need packages that are missing; none is loaded.
 
@@ -23,9 +27,10 @@ def require_for_scoring(task: str, packages: Sequence[str]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         are = "is" if len(missing) == 1 else "are"
+        extras = ",".join(dict.fromkeys(_EXTRAS.get(name, "tasks") for name in missing))
         raise RecipeError(
-            f"task: {task} is scored by {' and '.join(missing)}, which {are} not installed",
-            fix="pip install 'luthier[tasks]'",
+            f"task: {task} is judged with {' and '.join(missing)}, which {are} not installed",
+            fix=f"pip install 'luthier[{extras}]'",
         )
 
 

@@ -57,6 +57,8 @@ class DataConfig(Strict):
         "translation",
         "tokens",
         "spans",
+        "abc",
+        "svg",
         "text",
         "classification",
     ] = "auto"
@@ -182,8 +184,8 @@ class JobSpec(Strict):
     base: str = "smollm2-135m-instruct"
     """A catalogue name, a Hub id, or (in a recipe) a folder."""
     task: TaskConfig = Field(default="chat", validate_default=True)  # type: ignore[assignment]
-    """What is learnt: chat, completion, preference, qa, translation, text, classification or tagging; a name, or a
-    mapping with `type` and options."""
+    """What is learnt: chat, completion, preference, qa, translation, text, classification, tagging, music or art; a
+    name, or a mapping with `type` and options."""
     method: MethodConfig = Field(default="lora", validate_default=True)  # type: ignore[assignment]
     """How weights change; a name, or a mapping with `type` and options."""
     train: TrainConfig = TrainConfig()

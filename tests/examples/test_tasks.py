@@ -18,7 +18,7 @@ RECIPES = sorted(EXAMPLES.glob("*.yaml"))
 
 def test_there_is_an_example_for_each_new_task() -> None:
     tasks = {load_recipe(path).task.type for path in RECIPES}
-    assert tasks == {"tagging", "qa", "translation", "classification", "text", "preference"}
+    assert tasks == {"tagging", "qa", "translation", "classification", "text", "preference", "music", "art"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -31,6 +31,8 @@ class TaskName(StrEnum):
     text = "text"
     classification = "classification"
     tagging = "tagging"
+    music = "music"
+    art = "art"
 
 
 class Effort(StrEnum):
@@ -61,6 +63,8 @@ _FIELD_QUESTIONS = {
     },
     "translation": {"source": "Which column holds the source", "target": "Which column holds its translation"},
     "tagging": {"tokens": "Which column holds the words", "tags": "Which column holds their BIO tags"},
+    "music": {"abc": "Which column holds the tune in ABC notation"},
+    "art": {"description": "Which column says what is to be drawn", "svg": "Which column holds the drawing as SVG"},
     "text": {"text": "Which column holds the text"},
     "classification": {"text": "Which column holds the text", "label": "Which column names its class"},
 }
@@ -73,6 +77,8 @@ _FORMATS = {
     "text": "text",
     "classification": "classification",
     "tagging": "tokens",
+    "music": "abc",
+    "art": "svg",
 }
 _TASKS = ", ".join(list(TaskName)[:-1]) + f" or {list(TaskName)[-1]}"
 

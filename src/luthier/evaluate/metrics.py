@@ -30,9 +30,12 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 MIN_ROWS_FOR_VERDICT = 6
 """With fewer pairs even a unanimous change has a two-sided sign test above 5% (2 / 2^5 = 6%)."""
 
-_PROPORTIONS_OF_ROWS = ("exact_match", "accuracy", "subset_accuracy", "preference_accuracy", "ranking_accuracy")
+_PROPORTIONS_OF_ROWS = (
+    *("exact_match", "accuracy", "subset_accuracy"),
+    *("preference_accuracy", "ranking_accuracy", "valid"),
+)
 _ORDER = (
-    *("f1", "precision", "recall", "chrf", "bleu"),
+    *("f1", "precision", "recall", "chrf", "bleu", "valid", "bars_fit", "key_agreement", "iou"),
     *("preference_accuracy", "reward_margin", "ranking_accuracy"),
     *("exact_match", "accuracy", "micro_f1", "macro_f1", "subset_accuracy", "loss", "perplexity", "token_accuracy"),
 )
@@ -61,6 +64,7 @@ class RowScore:
         ratios: Further metric -> (above, below): its score is the sum of the one over the sum of the other.
         statistics: Metric of a corpus -> the sums that `evaluate.corpus` computes it from.
         parts: Kind of thing within the row -> its own ratios, for a breakdown.
+        reference_ratios: What the reference itself would score, where that is not 1 by definition.
     """
 
     row: int
@@ -78,6 +82,7 @@ class RowScore:
     ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
     statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    reference_ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def is_classed(self) -> bool:
@@ -169,7 +174,8 @@ def evaluation(
 
     Returns:
         {"num_rows", one summary a model, "comparison": tuned against base, "groups": kind of row -> model -> summary,
-        "parts": kind of thing within rows -> model -> summary, "signatures"}; all but the first two only where there is
+        "parts": kind of thing within rows -> model -> summary, "reference": what the references themselves score,
+        "signatures"}; all but the first two only where there is
         something to say.
     """
     result: dict[str, Any] = {"num_rows": len({score.row for scores in models.values() for score in scores})}
@@ -185,6 +191,10 @@ def evaluation(
             }
             for group in groups
         }
+    judged = [score for scores in models.values() for score in scores if score.reference_ratios]
+    references = {score.row: RowScore(score.row, ratios=score.reference_ratios) for score in judged}
+    if references:
+        result["reference"] = summarize(list(references.values()), seed)
     if signatures:
         result["signatures"] = dict(signatures)
     parts = sorted({part for scores in models.values() for score in scores for part in score.parts})

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from luthier.evaluate import figures, samples, summary
 from luthier.evaluate.card import loading_code
 from luthier.evaluate.metrics import MIN_ROWS_FOR_VERDICT
+from luthier.evaluate.pictures import read_pictures
 from luthier.evaluate.record import RunRecord, read_run
 from luthier.files import write_text
 
@@ -72,6 +73,7 @@ def render(record: RunRecord) -> str:
         listed=[samples.sample(line) for line in record.predictions[:MAX_LISTED_ROWS]],
         num_predictions=len(record.predictions),
         confusion=_confusion(record),
+        pictures=read_pictures(record),
         curves=_curves(record),
         cost=_cost(record),
         phases=_phases(record),
@@ -127,7 +129,7 @@ def _hero(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     others = [
         f"{_few_shot_label(name)}: {summary.format_score(metric, score)}"
         for name in summary.model_names(evaluation)
-        if name not in ("base", "tuned") and (score := summary.score_of(evaluation, name, metric))
+        if name not in ("base", "tuned", "reference") and (score := summary.score_of(evaluation, name, metric))
     ]
     change = (evaluation.get("comparison") or {}).get(metric)
     return {

@@ -16,6 +16,10 @@ LABELS = {
     "preference_accuracy": "Preference accuracy",
     "reward_margin": "Reward margin",
     "ranking_accuracy": "Ranking accuracy",
+    "bars_fit": "Bars that fit",
+    "key_agreement": "Notes in key",
+    "iou": "IoU",
+    "valid": "Valid",
     "exact_match": "Exact match",
     "accuracy": "Accuracy",
     "micro_f1": "Micro-F1",
@@ -27,7 +31,7 @@ LABELS = {
     "tag_accuracy": "Tag accuracy",
 }
 PRIMARY = (
-    *("f1", "chrf", "preference_accuracy", "exact_match", "accuracy", "micro_f1"),
+    *("f1", "chrf", "bars_fit", "iou", "preference_accuracy", "exact_match", "accuracy", "micro_f1"),
     *("perplexity", "loss", "token_accuracy"),
 )
 """The first of these that both models have makes the headline."""
@@ -36,6 +40,7 @@ _SHARES = frozenset(
     {
         *("f1", "precision", "recall", "preference_accuracy", "ranking_accuracy"),
         *("exact_match", "accuracy", "micro_f1", "macro_f1", "subset_accuracy", "token_accuracy", "tag_accuracy"),
+        *("valid", "bars_fit", "key_agreement", "iou"),
     }
 )
 _ENDS = (("0%", 0.0), ("100%", 1.0))
@@ -52,10 +57,11 @@ def label(metric: str) -> str:
 
 
 def model_names(evaluation: Mapping[str, Any]) -> list[str]:
-    """The models that an eval.json scores: "base", "base_3_shot" and the like, "tuned", in that order."""
+    """The models that an eval.json scores: "base", "base_3_shot" and the like, "tuned", in that order; then
+    "reference", where references have scores of their own."""
     found = [name for name, scores in evaluation.items() if isinstance(scores, Mapping) and scores]
     shots = sorted((name for name in found if _SHOTS.fullmatch(name)), key=lambda name: int(name.split("_")[1]))
-    return [name for name in ("base", *shots, "tuned") if name in found]
+    return [name for name in ("base", *shots, "tuned", "reference") if name in found]
 
 
 def model_label(name: str) -> str:

@@ -6,9 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.tasks.art.schema import ArtConfig
 from luthier.tasks.chat.schema import ChatConfig
 from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.completion.schema import CompletionConfig
+from luthier.tasks.music.schema import MusicConfig
 from luthier.tasks.preference.schema import PreferenceConfig
 from luthier.tasks.qa.schema import QaConfig
 from luthier.tasks.tagging.schema import TaggingConfig
@@ -23,6 +25,8 @@ TaskConfig = Annotated[
     | TranslationConfig
     | TextConfig
     | ClassificationConfig
-    | TaggingConfig,
+    | TaggingConfig
+    | MusicConfig
+    | ArtConfig,
     Field(discriminator="type"),
 ]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from luthier.tasks.art.exhibit import exhibits as art_exhibits
+from luthier.tasks.art.render import ArtTask
 from luthier.tasks.chat.render import ChatTask
 from luthier.tasks.classification.choose import classification_task
 from luthier.tasks.completion.render import CompletionTask
 from luthier.tasks.config import TaskConfig
+from luthier.tasks.exhibit import Exhibit, Judged
+from luthier.tasks.music.exhibit import exhibits as music_exhibits
+from luthier.tasks.music.render import MusicTask
 from luthier.tasks.preference.render import PreferenceTask
 from luthier.tasks.qa.render import QaTask
 from luthier.tasks.tagging.render import TaggingTask
@@ -24,8 +29,15 @@ _TASKS: dict[str, Callable[[Any], Task]] = {
     "text": TextTask,
     "qa": QaTask,
     "translation": TranslationTask,
+    "music": MusicTask,
+    "art": ArtTask,
     "classification": classification_task,
     "tagging": lambda config: TaggingTask(config, labels=tuple(config.labels or ())),
+}
+
+_EXHIBITS: dict[str, Callable[[Any, Sequence[Judged]], list[Exhibit]]] = {
+    "music": music_exhibits,
+    "art": art_exhibits,
 }
 
 _HEADS: dict[Objective, HeadKind] = {
@@ -43,3 +55,8 @@ def task_for(config: TaskConfig) -> Task:
 def head_of(task: Task) -> HeadKind | None:
     """What the task's head says a class of; None for a task without a head."""
     return _HEADS.get(task.objective)
+
+
+def exhibitor_of(task: Task) -> Callable[[Any, Sequence[Judged]], list[Exhibit]] | None:
+    """What makes the task's exhibits of (task, rows); None for the tasks that show text alone."""
+    return _EXHIBITS.get(task.name)

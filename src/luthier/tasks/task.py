@@ -45,6 +45,7 @@ class Marks:
         statistics: Metric of a whole corpus ("chrf", "bleu") -> the sums that it is computed from.
         parts: Kind of thing within the row (a type of entity) -> its own ratios.
         group: The row's own kind, for a breakdown, or None.
+        reference_ratios: What the reference itself would score, where that is not 1 by definition.
     """
 
     reply: str
@@ -57,6 +58,7 @@ class Marks:
     statistics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     group: str | None = None
+    reference_ratios: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Record(Protocol):
@@ -107,7 +109,7 @@ class Task(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Packages that scoring needs, of the extra `tasks`."""
+        """Packages that judging needs, each of an extra (`extras.py`)."""
         ...
 
     def with_labels(self, labels: Sequence[str]) -> Task:

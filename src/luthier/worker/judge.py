@@ -129,7 +129,7 @@ class Judge:
 
     def _read(self, row: int, given: list[Probabilities]) -> Marks:
         """What a head's probabilities for a row's examples are worth."""
-        task, record = self.data.task, self._record(row)
+        task, record = self.data.task, self.record_of(row)
         return task.mark(record, task.read(record, self.renderer, self.data.max_length, given))
 
     @staticmethod
@@ -159,7 +159,7 @@ class Judge:
         )
         task = self.data.task
         return {
-            prompt.row: task.mark(self._record(prompt.row), reply, prompt.reference)
+            prompt.row: task.mark(self.record_of(prompt.row), reply, prompt.reference)
             for prompt, reply in zip(prompts, done, strict=True)
         }
 
@@ -179,7 +179,7 @@ class Judge:
             self.base,
             self.renderer,
             task,
-            [self._record(row) for row in rows],
+            [self.record_of(row) for row in rows],
             slot,
             shots=self._shots(num_shots),
             on_done=on_done,
@@ -218,7 +218,7 @@ class Judge:
         if head_of(self.data.task) is None:
             return {}
         rows = self._records().rows
-        return {int(rows[i]): self._record(int(rows[i])).text for i in self.at}
+        return {int(rows[i]): self.record_of(int(rows[i])).text for i in self.at}
 
     def signatures(self) -> dict[str, str]:
         """Metric -> how it is computed on the rows judged."""
@@ -229,7 +229,7 @@ class Judge:
         assert self.data.validation_records is not None
         return self.data.validation_records
 
-    def _record(self, row: int) -> Any:
+    def record_of(self, row: int) -> Any:
         """The record of a row's index."""
         if not self._place:
             self._place = {int(found): i for i, found in enumerate(self._records().rows)}
@@ -311,6 +311,7 @@ def _marked(score: RowScore, marks: Marks) -> RowScore:
         statistics=dict(marks.statistics),
         parts={part: dict(found) for part, found in marks.parts.items()},
         group=marks.group,
+        reference_ratios=dict(marks.reference_ratios),
     )
 
 

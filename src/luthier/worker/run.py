@@ -31,10 +31,13 @@ from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError
 from luthier.evaluate.card import write_card
 from luthier.evaluate.report import write_report
+from luthier.extras import require_for_scoring
 from luthier.files import atomic_folder
 from luthier.methods.config import exclusive_spec
 from luthier.recipe import Recipe
+from luthier.tasks.registry import task_for
 from luthier.types import ExclusiveSpec
+from luthier.worker.exhibits import write_exhibits
 from luthier.worker.judging import Best, Judging, counted
 from luthier.worker.loading import adapter_spec, head_fields, prepare_data, public_name
 from luthier.worker.progress import Progress
@@ -72,6 +75,7 @@ class Run:
     @classmethod
     def begin(cls, recipe: Recipe, base_folder: Path, progress: Progress, *, resume: bool) -> Run:
         """Check recipe and data, and open or create the run's folder, before the base is loaded."""
+        require_for_scoring(recipe.task.type, task_for(recipe.task).needs)
         renderer = Renderer.load(base_folder, recipe.method.new_tokens)
         has_run = RunFolder(Path(recipe.output)).has_state
         if resume and has_run:
@@ -317,6 +321,7 @@ class Run:
         status = "failed" if self.job.state == "failed" else "done"
         self.folder.set_state(status, step=self.job.step, problem=self.job.problem)
         if self.writes_report:
+            write_exhibits(self.folder, self.data.task, self.judging.judge.record_of, self.judging.scores)
             write_report(self.folder.path)
             write_card(self.folder.path)
         self.progress.finish(
