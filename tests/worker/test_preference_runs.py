@@ -106,6 +106,17 @@ def test_judging_again_asks_the_same_reference(tiny_llama: Path, tmp_path: Path)
                 assert again[who][name]["value"] == pytest.approx(score["value"], abs=1e-5), (who, name)
 
 
+@pytest.mark.parametrize("method", ["full", {"type": "loha"}], ids=recipe_method)
+def test_a_job_that_owned_its_base_is_judged_again(method: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """The reference of trained weights is the base, loaded beside them."""
+    recipe = load_recipe(recipe_for(tiny_llama, tmp_path, method=method, train={"learning_rate": 3e-3}))
+    result = train_here(recipe, resume=False, progress=SilentProgress())
+    again = luthier.evaluate_run(result.folder)
+    for who in ("base", "tuned"):
+        for name, score in result.evaluation[who].items():
+            assert again[who][name]["value"] == pytest.approx(score["value"], abs=1e-5), (who, name)
+
+
 def test_a_job_that_goes_on_is_held_to_where_it_starts(tiny_llama: Path, tmp_path: Path) -> None:
     first = luthier.train(recipe_for(tiny_llama, tmp_path, "first"))
     second = luthier.train(recipe_for(tiny_llama, tmp_path, "second", start_from=str(first.folder)))
@@ -122,7 +133,7 @@ def test_a_job_that_goes_on_is_held_to_where_it_starts(tiny_llama: Path, tmp_pat
         {"type": "prompt", "virtual_tokens": 4},
         {"type": "loha"},
     ],
-    ids=lambda method: recipe_method(method),
+    ids=recipe_method,
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(method: Any, tiny_llama: Path, tmp_path: Path) -> None:
     """With the reference kept, and with it lost: then it is asked again before the checkpoint comes in."""
