@@ -71,6 +71,20 @@ def test_several_labels_a_text_are_told_shown_and_never_guessed(tmp_path: Path, 
     assert values["train"]["classes"] == {"noise": 2, "plumbing": 1}
 
 
+def test_both_sides_of_a_pair_are_shown_and_measured_by_themselves(tmp_path: Path, tiny_llama: Path) -> None:
+    row = {"prompt": "Hello", "chosen": "Good morning", "rejected": "What?"}
+    path = write_rows(tmp_path / "train.jsonl", [row, {**row, "rejected": "Go away"}])
+    result = run(path, "--base", tiny_llama, "--show", 1)
+    assert result.exit_code == 0, result.output
+    assert "preference (recognized from the columns)" in result.output
+    prompt = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert f"{prompt}«Good morning<|im_end|>»\n\n<|im_start|>" in result.output
+    assert f"{prompt}«What?<|im_end|>»" in result.output
+    report = json.loads(run(path, "--base", tiny_llama, "--json").stdout)
+    longest, total = report["train"]["lengths"]["max"], report["train"]["num_tokens"]
+    assert longest < total / 3  # of four sides
+
+
 def test_segments_put_together_are_the_whole_text(tiny_llama_bos: Path) -> None:
     renderer = Renderer.load(tiny_llama_bos)
     task = ChatTask()

@@ -53,6 +53,19 @@ def test_chat_rows_become_a_chat_recipe() -> None:
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
+        {"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []},
+    ],
+)
+def test_pairs_become_a_preference_recipe_with_small_steps(row: dict[str, Any]) -> None:
+    recipe = _init("--yes", "--data", _write_jsonl("pairs.jsonl", [row] * 3))
+    assert (recipe.task.type, recipe.data.format, recipe.data.fields) == ("preference", "auto", {})
+    assert recipe.train.learning_rate == 5e-5
+
+
+@pytest.mark.parametrize(
     ("columns", "task", "fields"),
     [
         (["text", "label"], "classification", {}),

@@ -70,15 +70,15 @@ class Impatient(SilentProgress):
 
 
 def test_a_run_learns_what_is_preferred_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
-    result = luthier.train(recipe_for(tiny_llama, tmp_path))
+    result = luthier.train(recipe_for(tiny_llama, tmp_path, evaluation={"rows": 7}))
     assert result.status == "done"
     assert losses_of(result.folder)[0] == pytest.approx(math.log(2), abs=1e-5)
     base, tuned = result.evaluation["base"], result.evaluation["tuned"]
     assert set(base) == {"loss", "preference_accuracy", "ranking_accuracy", "reward_margin"}
-    # The reference is the base: it gains nothing over itself.
+    # The reference is the base: it gains nothing over itself, however the rows judged are batched.
     assert base["preference_accuracy"]["value"] == 0.5
-    assert base["reward_margin"]["value"] == pytest.approx(0.0, abs=1e-5)
-    assert base["loss"]["value"] == pytest.approx(math.log(2), abs=1e-5)
+    assert base["reward_margin"]["value"] == 0.0
+    assert base["loss"]["value"] == pytest.approx(math.log(2), abs=1e-12)
     assert tuned["preference_accuracy"]["value"] > 0.8
     assert tuned["reward_margin"]["low"] <= tuned["reward_margin"]["value"] <= tuned["reward_margin"]["high"]
     assert tuned["loss"]["value"] < base["loss"]["value"] - 0.1
@@ -87,7 +87,7 @@ def test_a_run_learns_what_is_preferred_and_says_so(tiny_llama: Path, tmp_path: 
     validation = [line for line in metrics if line["kind"] == "evaluation"]
     assert {"loss", "preference_accuracy", "reward_margin", "ranking_accuracy"} <= validation[-1].keys()
     report = (result.folder / "report.html").read_text()
-    assert "Preference accuracy on 8 held-out rows" in report
+    assert "Preference accuracy on 7 held-out rows" in report
     assert "nats a pair" in report
     lines = [json.loads(line) for line in (result.folder / "predictions.jsonl").read_text().splitlines()]
     assert [line["tuned_correct"] for line in lines] == [None, None]
@@ -106,6 +106,17 @@ def test_judging_again_asks_the_same_reference(tiny_llama: Path, tmp_path: Path)
                 assert again[who][name]["value"] == pytest.approx(score["value"], abs=1e-5), (who, name)
 
 
+@pytest.mark.parametrize("method", ["full", {"type": "loha"}], ids=recipe_method)
+def test_a_job_that_owned_its_base_is_judged_again(method: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """The reference of trained weights is the base, loaded beside them."""
+    recipe = load_recipe(recipe_for(tiny_llama, tmp_path, method=method, train={"learning_rate": 3e-3}))
+    result = train_here(recipe, resume=False, progress=SilentProgress())
+    again = luthier.evaluate_run(result.folder)
+    for who in ("base", "tuned"):
+        for name, score in result.evaluation[who].items():
+            assert again[who][name]["value"] == pytest.approx(score["value"], abs=1e-5), (who, name)
+
+
 def test_a_job_that_goes_on_is_held_to_where_it_starts(tiny_llama: Path, tmp_path: Path) -> None:
     first = luthier.train(recipe_for(tiny_llama, tmp_path, "first"))
     second = luthier.train(recipe_for(tiny_llama, tmp_path, "second", start_from=str(first.folder)))
@@ -122,7 +133,7 @@ def test_a_job_that_goes_on_is_held_to_where_it_starts(tiny_llama: Path, tmp_pat
         {"type": "prompt", "virtual_tokens": 4},
         {"type": "loha"},
     ],
-    ids=lambda method: recipe_method(method),
+    ids=recipe_method,
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(method: Any, tiny_llama: Path, tmp_path: Path) -> None:
     """With the reference kept, and with it lost: then it is asked again before the checkpoint comes in."""

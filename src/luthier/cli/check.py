@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -289,10 +289,12 @@ def _print_sample(console: Console, row: CheckedRow, renderer: Renderer | None, 
         title = f"\n{row.place}{of}: {example.num_tokens} tokens, {supervised} supervised"
         text = Text(f"{title}\n", style="")
         text.stylize("bold")
-        for segment, is_supervised in supervised_segments(example, renderer):
-            if is_supervised and is_marked:
-                segment = f"«{segment}»"
-            text.append(segment, style="not bold green" if is_supervised else "not bold dim")
+        for number_of_side, side in enumerate(_sides(example)):
+            text.append("\n\n" if number_of_side else "")
+            for segment, is_supervised in supervised_segments(side, renderer):
+                if is_supervised and is_marked:
+                    segment = f"«{segment}»"
+                text.append(segment, style="not bold green" if is_supervised else "not bold dim")
         if (label := _label_of(example, report)) is not None:
             text.append(f"\n-> {', '.join(label) if isinstance(label, list) else label}", style="green")
         console.print(text, soft_wrap=True)
@@ -305,11 +307,19 @@ def _label_of(example: Example, report: DataReport) -> str | list[str] | None:
     return None if example.class_index == NO_CLASS else report.labels[example.class_index]
 
 
+def _sides(example: Example) -> list[Example]:
+    """The chosen and the rejected side of a pair, each by itself; any other example as it is."""
+    if example.pair is None:
+        return [example]
+    at = [example.pair.rejected_at]
+    parts = zip(np.split(example.tokens, at), np.split(example.weights, at), strict=True)
+    return [Example(tokens, weights, row=example.row) for tokens, weights in parts]
+
+
 def supervised_segments(example: Example, renderer: Renderer) -> list[tuple[str, bool]]:
     """The example's text, special tokens visible, in runs of tokens that do or do not carry loss."""
     flags = _flags(example)
-    ends = set(accumulate(example.lengths))  # two sides of a pair are shown one after the other
-    borders = [i for i in range(1, len(flags)) if flags[i] != flags[i - 1] or i in ends] + [len(flags)]
+    borders = [index for index in range(1, len(flags)) if flags[index] != flags[index - 1]] + [len(flags)]
     segments: list[tuple[str, bool]] = []
     shown = ""
     for border in borders:
@@ -334,7 +344,11 @@ def _sample_as_json(row: CheckedRow, renderer: Renderer | None, report: DataRepo
             "place": row.place,
             "num_tokens": example.num_tokens,
             "label": _label_of(example, report),
-            "segments": [{"text": text, "supervised": flag} for text, flag in supervised_segments(example, renderer)],
+            "segments": [
+                {"text": text, "supervised": flag}
+                for side in _sides(example)
+                for text, flag in supervised_segments(side, renderer)
+            ],
         }
         for example in row.examples
     ]

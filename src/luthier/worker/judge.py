@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,15 +78,18 @@ class Judge:
         self.seed = seed
         self._place: dict[int, int] = {}
 
-    def scores(self, slot: int, what: str, num_shots: int = 0) -> list[RowScore]:
+    def scores(self, slot: int, what: str, num_shots: int = 0, *, is_reference: bool = False) -> list[RowScore]:
         """Judge the base with slot `slot` (or none) on every row.
 
         With examples in the prompt (`num_shots`), replies alone are judged.
+
+        Args:
+            is_reference: This model is what the pairs' reference was asked of.
         """
         replies = self._replies(slot, what, num_shots) | self._choices(slot, what, num_shots)
         if num_shots:
             return [_marked(RowScore(row), marks) for row, marks in replies.items()]
-        return self._join(self._likelihoods(slot, what), replies)
+        return self._join(self._likelihoods(slot, what, is_reference), replies)
 
     def of_replay(self) -> Judge | None:
         """The same judge on held-out rows of the replayed text, at most as many as here; None without."""
@@ -106,7 +110,7 @@ class Judge:
 
     # -- likelihood
 
-    def _likelihoods(self, slot: int, what: str) -> list[RowScore]:
+    def _likelihoods(self, slot: int, what: str, is_reference: bool) -> list[RowScore]:
         assert self.data.validation is not None
         assert self.data.validation_records is not None
         rows = {int(self.data.validation_records.rows[i]) for i in self.at}
@@ -118,6 +122,7 @@ class Judge:
                 self.between()
 
         reports = score_examples(self.base, examples, slot, on_done, self.score_tokens)
+        reports = [_over_itself(report) for report in reports] if is_reference else reports
         scores = [_row_score(example, report) for example, report in zip(examples, reports, strict=True)]
         if head_of(self.data.task) is None:
             return scores
@@ -286,6 +291,13 @@ def mean_loss(reports: Sequence[SequenceReport], head: HeadKind | None = None) -
     return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "token_accuracy": correct}
 
 
+def _over_itself(report: SequenceReport) -> SequenceReport:
+    """The reference's own report of a pair: it gains nothing over itself, where rounding would say that it does."""
+    if report.pair is None:
+        return report
+    return replace(report, nll_sum=math.log(2.0), pair=replace(report.pair, reward_margin=0.0))
+
+
 def _row_score(example: Example, report: SequenceReport) -> RowScore:
     if (pair := report.pair) is not None:
         ratios = pair_ratios(pair.chosen_logprob, pair.rejected_logprob, pair.reward_margin)
@@ -343,18 +355,22 @@ def evaluate_run(
     loaded = load_run(run, data=data, rows=rows, progress=progress)
     tuned = _scores_of(loaded.judge, loaded.slot, "tuned")
     if loaded.base_slot is not None:
-        base = _scores_of(loaded.judge, loaded.base_slot, "base")
+        base = _scores_of(loaded.judge, loaded.base_slot, "base", is_reference=loaded.base_is_reference)
     else:
         judge = loaded.judge_of_base()
         slots = list(judge.base.bank.slots)  # a classifier's base has a slot with an untrained head
-        base = _scores_of(judge, slots[0] if slots else BASE_SLOT, "base")
+        slot = slots[0] if slots else BASE_SLOT
+        base = _scores_of(judge, slot, "base", is_reference=loaded.base_is_reference)
     values = evaluation({"base": base[0], "tuned": tuned[0]}, signatures=loaded.judge.signatures())
     if tuned[1]:
         values["replay"] = evaluation({"base": base[1], "tuned": tuned[1]})
     return values
 
 
-def _scores_of(judge: Judge, slot: int, what: str) -> tuple[list[RowScore], list[RowScore]]:
+def _scores_of(
+    judge: Judge, slot: int, what: str, *, is_reference: bool = False
+) -> tuple[list[RowScore], list[RowScore]]:
     """Scores on the held-out rows, and on those of the replayed text."""
+    scores = judge.scores(slot, what, is_reference=is_reference)
     replay = judge.of_replay()
-    return judge.scores(slot, what), replay.scores(slot, f"{what}, replayed text") if replay is not None else []
+    return scores, replay.scores(slot, f"{what}, replayed text") if replay is not None else []

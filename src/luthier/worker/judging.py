@@ -163,7 +163,7 @@ class Judging:
             return
         # A head has no untrained counterpart in the base: what it gives before training stands for it.
         slot = self.job.slot.index if self.job.slot.head is not None else BASE_SLOT
-        self._judge("base", slot)
+        self._judge("base", slot, is_reference=self.recipe.start_from is None)
         self._judge_replay("base", slot)
         shots = self.recipe.evaluation.shots
         writes = self.data.task.generates or self.data.task.chooses
@@ -201,11 +201,11 @@ class Judging:
         write_text(self.folder.path / "predictions.jsonl", text)
         return values
 
-    def _judge(self, who: str, slot: int, num_shots: int = 0) -> None:
+    def _judge(self, who: str, slot: int, num_shots: int = 0, *, is_reference: bool = False) -> None:
         with counted(self.seconds, "judging"):
             kept = self.folder.read_scores(who)
             if kept is None:
-                kept = self.judge.scores(slot, who.replace("_", " "), num_shots)
+                kept = self.judge.scores(slot, who.replace("_", " "), num_shots, is_reference=is_reference)
                 self.folder.write_scores(who, kept)
             self.scores[who] = kept
 

@@ -258,12 +258,14 @@ class LoadedRun:
         judge: On the model that is the result.
         slot, base_slot: As in `Tuned`.
         judge_of_base: On the base itself, where that is another model; loads it.
+        base_is_reference: Whether preferences were held to the base, rather than to an adapter that training began at.
     """
 
     judge: Judge
     slot: int
     base_slot: int | None
     judge_of_base: Callable[[], Judge]
+    base_is_reference: bool
 
 
 def load_run(run: str | Path, *, data: Path | None, rows: int | None, progress: Progress) -> LoadedRun:
@@ -308,4 +310,4 @@ def load_run(run: str | Path, *, data: Path | None, rows: int | None, progress: 
             base.bank.add(AdapterSpec(targets=(), **head), recipe.train.seed)
         return judge_on(base)
 
-    return LoadedRun(judge_on(tuned.base), tuned.slot, tuned.base_slot, judge_of_base)
+    return LoadedRun(judge_on(tuned.base), tuned.slot, tuned.base_slot, judge_of_base, recipe.start_from is None)
