@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from luthier.base.load import Base
 from luthier.data.prepare import PreparedData
@@ -15,6 +16,7 @@ from luthier.data.store import ExampleStore, RecordStore
 from luthier.data.template import Renderer
 from luthier.engine.choices import OneOf
 from luthier.engine.pack import BASE_SLOT, PackItem, pack
+from luthier.engine.ranks import ALONE, Ranks
 from luthier.engine.sample import Request, Sampler, SamplingParams
 from luthier.engine.step import SequenceReport, score
 from luthier.evaluate.metrics import RowScore, evaluation
@@ -242,14 +244,18 @@ def score_examples(
     return [report for report in reports if report is not None]
 
 
-def mean_loss(reports: Sequence[SequenceReport]) -> dict[str, float]:
-    """Loss and token accuracy over all the sequences, as metrics.jsonl keeps them."""
-    weight = sum(report.weight_sum for report in reports)
-    loss = sum(report.nll_sum for report in reports) / weight
-    correct = sum(report.num_correct for report in reports) / max(1, sum(report.num_targets for report in reports))
-    if any(report.probabilities_CK is not None for report in reports):
-        is_sequence = any(report.predicted_class >= 0 for report in reports)
-        return {"loss": loss, "accuracy" if is_sequence else "tag_accuracy": correct}
+def mean_loss(reports: Sequence[SequenceReport], ranks: Ranks = ALONE) -> dict[str, float]:
+    """Loss and token accuracy over all the sequences of all ranks, as metrics.jsonl keeps them."""
+    rows = [
+        (r.nll_sum, r.weight_sum, r.num_correct, r.num_targets, r.probabilities_CK is not None, r.predicted_class >= 0)
+        for r in reports
+    ]
+    sums = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6).sum(dim=0)  # a rank may have none
+    ranks.sum_(sums)
+    nll, weight, num_correct, num_targets, num_with_head, num_of_sequences = sums.tolist()
+    loss, correct = nll / weight, num_correct / max(1, num_targets)
+    if num_with_head:
+        return {"loss": loss, "accuracy" if num_of_sequences else "tag_accuracy": correct}
     return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "token_accuracy": correct}
 
 

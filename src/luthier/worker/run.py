@@ -25,6 +25,7 @@ from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob, total_steps
 from luthier.engine.own import OwnSlot
+from luthier.engine.ranks import ALONE, Ranks, check_alike
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError
 from luthier.evaluate.card import write_card
@@ -64,6 +65,8 @@ class Run:
     """Called between the forwards of an evaluation, for callers who have other work to see to."""
     writes_report: bool = True
     """Whether `finish` also writes the report and the card that people read."""
+    ranks: Ranks = ALONE
+    """The processes that train it together. This one writes; the others have a `FollowingRun`."""
     last_validation: dict[str, float] = field(default_factory=dict)
     _saved_step: int = -1
 
@@ -201,6 +204,7 @@ class Run:
             self.job,
             score_tokens=self.score_tokens,
             between=self.between,
+            ranks=self.ranks,
         )
 
     def judge_base(self) -> None:
@@ -251,6 +255,19 @@ class Run:
         step = self.job.step
         if step == self._saved_step or step == 0:
             return
+        self.check_replicas()
+        self._write_checkpoint(step)
+        self._saved_step = step
+
+    def check_replicas(self) -> None:
+        """Hold what this process trains against what the others do.
+
+        Raises:
+            RunError: when they differ.
+        """
+        check_alike(self.ranks, self.job.optimizer.pieces(), f"what {self.name} has learnt by step {self.job.step}")
+
+    def _write_checkpoint(self, step: int) -> None:
         extra = {
             "base": self._base_identity(),
             "data": self.data.data_hash,
@@ -263,7 +280,6 @@ class Run:
             "stopped_because": self.stopped_because,
         }
         save_checkpoint(self.folder.checkpoints, self.job, self.base, extra, **self._adapter_facts())
-        self._saved_step = step
         prune(self.folder.checkpoints, keep={step, self.best.step})
 
     def interrupt(self) -> None:
@@ -344,6 +360,7 @@ class Run:
             "num_base_parameters": self.base.num_parameters,
             "micro_batch_tokens": self.job.micro_batch_tokens,
             "device": device,
+            "num_processes": self.ranks.size,
             "base_sha256": self._base_identity(),
             "base_quantization": self.base.quantization,
             "base_dtype": str(self.base.dtype).removeprefix("torch."),
