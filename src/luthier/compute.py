@@ -25,7 +25,7 @@ NOT_THERE: dict[tuple[str, str], str] = {
     (
         "deepspeed",
         "a file",
-    ): "DeepSpeed does not run here yet: leave it out, and set `devices` for plain data parallelism",
+    ): "no DeepSpeed runs here yet: leave it out, and set `devices` for plain data parallelism",
 }
 """(field, value) -> why it is refused and what to do."""
 
@@ -37,7 +37,7 @@ class ComputeConfig(Strict):
     """auto, cpu, cuda or cuda:N. With several processes on GPUs each takes its own: cuda, not cuda:N."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of each process; null shares out all cores that this process may use."""
-    devices: int | Literal["auto"] = Field(default=1, ge=1, le=4096)
+    devices: int | Literal["auto"] = 1
     """Processes that train one recipe together, each on a device of its own; auto is one for every GPU that is here,
     and one on a CPU. Under torchrun it is as many as that started. A resume may take another number."""
     zero: Literal[0, 1, 2, 3] = 0
@@ -52,6 +52,14 @@ class ComputeConfig(Strict):
     def _device_is_known(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             raise ValueError("a device is auto, cpu, cuda, or cuda:N with a GPU's number")
+        return value
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _devices_can_be_counted(cls, value: object) -> object:
+        # Before pydantic's own check, which would complain of each member of the union.
+        if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            raise ValueError("a number of processes is 1 or more, or auto for one a GPU")
         return value
 
     @field_validator("zero", "offload", "deepspeed")
