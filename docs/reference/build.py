@@ -15,10 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from luthier.compute import NOT_THERE, ComputeConfig
 from luthier.files import write_text
 from luthier.methods.config import MethodConfig
 from luthier.methods.exclusive.config import ExclusiveConfig
-from luthier.recipe import ComputeConfig, DataConfig, EvaluationConfig, Recipe, ReplayConfig, TrainConfig
+from luthier.recipe import DataConfig, EvaluationConfig, Recipe, ReplayConfig, TrainConfig
 from luthier.tasks.config import TaskConfig
 
 PAGE = Path(__file__).with_name("recipe.md")
@@ -54,8 +55,15 @@ def page() -> str:
     parts += [_section(f"`task: {_type_of(task)}`", task) for task in choices(TaskConfig)]
     parts += [_method_section(method) for method in choices(MethodConfig)]
     parts += [_section("`train`", TrainConfig), _section("`evaluation`", EvaluationConfig)]
-    parts += [_section("`compute`", ComputeConfig)]
+    parts += [_section("`compute`", ComputeConfig), _refusals()]
     return "\n".join(parts)
+
+
+def _refusals() -> str:
+    """What `compute` names and does not do yet."""
+    lines = ["Refused for now, each with its reason:", "", "| value | reason |", "|---|---|"]
+    lines += [f"| `{field}: {value}` | {reason} |" for (field, value), reason in NOT_THERE.items()]
+    return "\n".join(lines) + "\n"
 
 
 def choices(union: Any) -> list[type[BaseModel]]:

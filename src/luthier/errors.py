@@ -62,6 +62,10 @@ class RunError(LuthierError):
     """A run folder that is missing, of another version, or in a state that forbids the request."""
 
 
+class ProcessLostError(RunError):
+    """Another process of the same run is gone, or cannot be reached. Why, it says itself, or who started it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint naming the closest known name, as ` (did you mean 'x'?)`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -8,13 +8,13 @@ unknown field is an error that names its nearest neighbour.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from luthier.compute import ComputeConfig
 from luthier.errors import RecipeError, nearest
 from luthier.methods.config import MethodConfig
 from luthier.strict import Strict
@@ -158,22 +158,6 @@ class EvaluationConfig(Strict):
     """Optimizer steps between validation losses; null means twice an epoch."""
     shots: int = Field(default=0, ge=0)
     """Also judge the base with this many training examples in its prompt."""
-
-
-class ComputeConfig(Strict):
-    """The machine's part."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads; null takes all cores that this process may use."""
-
-    @field_validator("device")
-    @classmethod
-    def _device_is_known(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise ValueError("a device is auto, cpu, cuda, or cuda:N with a GPU's number")
-        return value
 
 
 class JobSpec(Strict):

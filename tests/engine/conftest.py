@@ -36,6 +36,11 @@ def base(folder: Path) -> Base:
 
 @pytest.fixture
 def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `widen_norms`."""
+    widen_norms(monkeypatch)
+
+
+def widen_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' norms in float64 where the input is: by themselves they round to float32, whatever the input."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
@@ -51,33 +56,36 @@ def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def make_examples() -> Callable[..., list[Example]]:
-    def make(num: int, seed: int, *, longest: int = 44, classes: int = 0, head: str = "sequence") -> list[Example]:
-        """Random examples, some longer than the sliding window (24) and than LongRoPE's short class (32).
+    return random_examples
 
-        With `classes` each has one, or with a token head a tag at some of its tokens, the last included, or with a
-        multilabel head any number of them.
-        """
-        random = np.random.default_rng(seed)
-        examples = []
-        for row in range(num):
-            length = int(random.integers(3, longest))
-            tokens = random.integers(4, 250, size=length).astype(np.int32)
-            weights = np.zeros(length, dtype=np.float32)
-            if not classes:
-                weights[random.integers(1, length) :] = 1.0
-            if head == "token":
-                tags = random.integers(classes, size=length).astype(np.int32)
-                tags[:-1][random.random(length - 1) < 0.5] = NO_CLASS
-                examples.append(Example(tokens, weights, row=row, tags=tags))
-                continue
-            if head == "multilabel":
-                flags = random.integers(2, size=classes).astype(np.uint8)
-                examples.append(Example(tokens, weights, row=row, class_flags=flags))
-                continue
-            examples.append(Example(tokens, weights, int(random.integers(classes)) if classes else -1, row))
-        return examples
 
-    return make
+def random_examples(
+    num: int, seed: int, *, longest: int = 44, classes: int = 0, head: str = "sequence"
+) -> list[Example]:
+    """Random examples, some longer than the sliding window (24) and than LongRoPE's short class (32).
+
+    With `classes` each has one, or with a token head a tag at some of its tokens, the last included,
+    or with a multilabel head any number of them.
+    """
+    random = np.random.default_rng(seed)
+    examples = []
+    for row in range(num):
+        length = int(random.integers(3, longest))
+        tokens = random.integers(4, 250, size=length).astype(np.int32)
+        weights = np.zeros(length, dtype=np.float32)
+        if not classes:
+            weights[random.integers(1, length) :] = 1.0
+        if head == "token":
+            tags = random.integers(classes, size=length).astype(np.int32)
+            tags[:-1][random.random(length - 1) < 0.5] = NO_CLASS
+            examples.append(Example(tokens, weights, row=row, tags=tags))
+            continue
+        if head == "multilabel":
+            flags = random.integers(2, size=classes).astype(np.uint8)
+            examples.append(Example(tokens, weights, row=row, class_flags=flags))
+            continue
+        examples.append(Example(tokens, weights, int(random.integers(classes)) if classes else -1, row))
+    return examples
 
 
 KINDS = {

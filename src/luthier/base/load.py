@@ -51,6 +51,7 @@ class Base:
         nf4_weights: Those layers' weights by name, in the model's order.
         is_packed: Whether sequences run flat; otherwise padded, because the probe failed (`packing_problem` says why).
         head_is_plain: Whether logits are hidden x weight^T of the output layer and nothing else.
+        num_sharing: Processes that share the device's memory with this one, itself included.
         num_lead: Positions that stand before every sequence in the padded layout: virtual tokens of an exclusive job.
         fast_body: The body by fast blocks, or None (`fast_body_problem` says why).
     """
@@ -91,6 +92,7 @@ class Base:
         self._output_layer: nn.Module | None = self.model.get_output_embeddings()
         self.is_packed = True
         self.is_checkpointing = False
+        self.num_sharing = 1
         self.head_is_plain = False
         self.packing_problem = ""
         self.fast_body: FastBody | None = None

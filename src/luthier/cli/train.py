@@ -26,16 +26,22 @@ def train_command(
             "--set", metavar="FIELD=VALUE", help="Override a field of every recipe, as in --set train.epochs=3."
         ),
     ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option("--devices", metavar="N", help="Processes that train together, a device each; or auto."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result alone.")] = False,
 ) -> None:
     """Tune a base on the recipe's data, and judge base and tuned model on held-out rows."""
     from luthier.recipe import load_recipe
+    from luthier.worker.launch.place import BY_ITSELF, place_of_process
 
-    overrides = overrides or []
+    overrides = [*(overrides or []), *([f"compute.devices={devices}"] if devices is not None else [])]
+    speaks = (place_of_process() or BY_ITSELF).is_first  # of several processes the first alone
     loaded = [load_recipe(name, overrides) for name in recipes]
-    progress = choose_progress(quiet=quiet)
+    progress = choose_progress(quiet=quiet or not speaks)
     progress.stage("Starting")
     try:
         quiet_libraries()
@@ -49,10 +55,13 @@ def train_command(
         ) from error
     except KeyboardInterrupt:
         progress.close()
-        err().print(Text(f"Stopped. Go on with: {_resume_command(recipes, overrides)}"), soft_wrap=True)
+        if speaks:
+            err().print(Text(f"Stopped. Go on with: {_resume_command(recipes, overrides)}"), soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
         progress.close()
+    if not speaks:
+        raise typer.Exit(2 if any(result.status == "failed" for result in results) else 0)
     if json:
         print_json([result.to_json() for result in results] if len(results) > 1 else results[0].to_json())
     else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,10 @@ import torch
 from luthier.base.load import Base
 from luthier.engine.graphs import build_step_graphs
 from luthier.engine.job import StepReport, TrainingJob
-from luthier.engine.pack import pack
+from luthier.engine.pack import PackItem, pack
 from luthier.engine.planner import Offer, plan
+from luthier.engine.ranks import ALONE, Ranks
+from luthier.engine.rounds import share_by_tokens, sum_batches
 from luthier.engine.step import train_step
 
 DEFAULT_BUDGET_TOKENS = 4096
@@ -45,10 +48,19 @@ class Engine:
         base: The resident base.
         budget_tokens: Most tokens in one joint forward.
         lead_tokens: As `luthier.engine.planner.plan` takes it.
+        ranks: The processes that train the same jobs together; each adds, removes and steps them alike.
     """
 
-    def __init__(self, base: Base, budget_tokens: int = DEFAULT_BUDGET_TOKENS, lead_tokens: float = math.inf) -> None:
+    def __init__(
+        self,
+        base: Base,
+        budget_tokens: int = DEFAULT_BUDGET_TOKENS,
+        lead_tokens: float = math.inf,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.base = base
+        self.ranks = ranks
+        self._has_rounds = ranks is not ALONE
         self.budget_tokens = budget_tokens
         self.lead_tokens = lead_tokens
         self.jobs: dict[str, TrainingJob] = {}
@@ -92,47 +104,94 @@ class Engine:
     def step(self) -> list[StepReport]:
         """Run one forward and backward; returns a report for each job whose optimizer batch it completed.
 
+        With several ranks it is a round: a whole optimizer batch of each job that the planner chooses. Every rank
+        calls it alike, and runs its share in forwards of its own, as many as it needs. Which jobs are chosen and in
+        which order they are summed follows from what all ranks know, so that none ever waits for a sum that another
+        does not come to.
+
         Raises:
             torch.OutOfMemoryError, RuntimeError, MemoryError: when even one sequence of one job does not fit in memory.
+            ProcessLostError: when another rank is gone.
         """
-        active = {name: job for name, job in self.jobs.items() if job.is_active}
-        chosen = plan([self._offer(job) for job in active.values()], self.budget_tokens, self.lead_tokens)
-        jobs = [active[name] for name in chosen]
+        active = [job for job in self.jobs.values() if job.is_active]
+        if self._has_rounds:
+            jobs = self._begin_round(active)
+            while left := [job for job in jobs if not job.is_complete]:
+                self._forward(self._choose(left))
+        else:
+            jobs = self._choose(active)
+            self._forward(jobs)
+        return self._finish([job for job in jobs if job.is_complete])
+
+    def _choose(self, jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
+        """The jobs whose next micro-batches share a forward."""
+        offers = [self._offer(job, _num_tokens(job.next_micro_batch())) for job in jobs]
+        return [self.jobs[name] for name in plan(offers, self.budget_tokens, self.lead_tokens)]
+
+    def _begin_round(self, active: Sequence[TrainingJob]) -> list[TrainingJob]:
+        """The jobs of a round, each left with what this rank runs of it: the same jobs in the same order on all."""
+        offers = [self._offer(job, sum(job.batch_lengths)) for job in active]
+        # Not `budget_tokens`, which falls where memory is short on one rank alone.
+        names = plan(offers, DEFAULT_BUDGET_TOKENS * self.ranks.size, self.lead_tokens)
+        jobs = [self.jobs[name] for name in names]
+        loads = [0] * self.ranks.size
+        for job in jobs:
+            self._count_served(job, sum(job.batch_lengths))
+            job.keep_share(share_by_tokens(job.batch_lengths, loads)[self.ranks.rank])
+        return jobs
+
+    def _forward(self, jobs: list[TrainingJob]) -> None:
+        """One forward and backward of these jobs' next micro-batches; where memory runs out, their steps begin anew."""
         micro = [job.next_micro_batch() for job in jobs]
         batch = pack([item for items in micro for item in items], self.base.device)
         started = time.perf_counter()
         try:
             denominators = {job.slot.index: job.denominator for job in jobs}
             reports = train_step(self.base, batch, denominators, self._graphs)
-            norms = self._gradient_norms(jobs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self._make_room(jobs, error)
-            return []
+            return
         seconds = time.perf_counter() - started
-        finished = []
         for job in jobs:
             report = reports[job.slot.index]
-            self._served[job.name] += report.num_tokens
-            if group := self._group_of[job.name]:
-                self._groups[group].num_tokens_served += report.num_tokens
-            done = job.accumulate(report, seconds * report.num_tokens / batch.num_tokens, norms.get(job.name))
+            if not self._has_rounds:
+                self._count_served(job, report.num_tokens)
+            job.accumulate(report, seconds * report.num_tokens / batch.num_tokens)
+
+    def _finish(self, jobs: list[TrainingJob]) -> list[StepReport]:
+        """Step jobs whose optimizer batch is complete."""
+        if not jobs:
+            return []
+        started = time.perf_counter()
+        if self._has_rounds:
+            sum_batches(self.ranks, jobs)
+        norms = self._gradient_norms(jobs)
+        seconds = time.perf_counter() - started
+        num_tokens = sum(job.totals.num_tokens for job in jobs)
+        finished = []
+        for job in jobs:
+            job.add_seconds(seconds * job.totals.num_tokens / num_tokens)
+            done = job.finish_step(norms.get(job.name))
             if done is not None:
                 finished.append(done)
         return finished
 
     def _gradient_norms(self, jobs: list[TrainingJob]) -> dict[str, float]:
         """Of the jobs whose optimizer batch is complete, read at once: on a GPU every read waits for the device."""
-        ending = [job for job in jobs if job.is_at_last_micro_batch]
-        if self.base.device.type == "cpu" or not ending:
+        if self.base.device.type == "cpu":
             return {}
-        norms = torch.stack([job.optimizer.finish_gradient() for job in ending]).tolist()
-        return {job.name: norm for job, norm in zip(ending, norms, strict=True)}
+        norms = torch.stack([job.optimizer.finish_gradient() for job in jobs]).tolist()
+        return {job.name: norm for job, norm in zip(jobs, norms, strict=True)}
 
-    def _offer(self, job: TrainingJob) -> Offer:
-        items = job.next_micro_batch()
-        num_tokens, served = sum(item.example.num_tokens for item in items), self._served[job.name]
+    def _count_served(self, job: TrainingJob, num_tokens: int) -> None:
+        self._served[job.name] += num_tokens
+        if group := self._group_of[job.name]:
+            self._groups[group].num_tokens_served += num_tokens
+
+    def _offer(self, job: TrainingJob, num_tokens: int) -> Offer:
+        served = self._served[job.name]
         name = self._group_of[job.name]
         if not name:
             return Offer(job.name, num_tokens, served)
@@ -158,6 +217,10 @@ class Engine:
             self.budget_tokens = max(1, self.budget_tokens // 2)
         elif not jobs[0].shrink_micro_batch():
             raise error
+
+
+def _num_tokens(items: Sequence[PackItem]) -> int:
+    return sum(item.example.num_tokens for item in items)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ class StepReport:
         loss: Mean loss over the optimizer batch, before the step.
         learning_rate, grad_norm: As used, and before clipping.
         num_tokens, num_supervised_tokens: Of the optimizer batch.
-        seconds: Wall time of the forwards that the job took part in, shared out by tokens.
+        seconds: Wall time of the forwards that the job took part in, shared out by tokens, and of its step.
     """
 
     job: str
@@ -78,8 +78,11 @@ class TrainingJob:
         self.problem = ""
         self.num_tokens_done = 0
         self._pending: deque[list[PackItem]] = deque()
+        self._has_begun = False
+        self._mine: list[int] | None = None
         self._order: tuple[int, np.ndarray] | None = None
         self._denominator = 0.0
+        self._lengths: list[int] = []
         self._totals = SlotReport(0.0, 0.0, 0, 0)
         self._seconds = 0.0
         self._watch = LossWatch()
@@ -111,9 +114,20 @@ class TrainingJob:
 
     def next_micro_batch(self) -> list[PackItem]:
         """The sequences that this job wants in the next forward."""
-        if not self._pending:
-            self._begin_step()
+        self._begin_step()
         return self._pending[0]
+
+    @property
+    def batch_lengths(self) -> list[int]:
+        """Tokens of each sequence of the current optimizer batch, whoever runs it."""
+        self._begin_step()
+        return self._lengths
+
+    def keep_share(self, positions: list[int]) -> None:
+        """Run these sequences of the current optimizer batch alone, for other processes run the rest."""
+        self.restart_step()
+        self._mine = positions
+        self._begin_step()
 
     @property
     def denominator(self) -> float:
@@ -121,16 +135,17 @@ class TrainingJob:
         return self._denominator
 
     @property
-    def is_at_last_micro_batch(self) -> bool:
-        """Whether the next report completes the optimizer batch."""
-        return len(self._pending) == 1
+    def is_complete(self) -> bool:
+        """Whether all that is to run here of the current optimizer batch has run: `finish_step` is next."""
+        return self._has_begun and not self._pending
 
-    def accumulate(self, report: SlotReport, seconds: float, norm: float | None = None) -> StepReport | None:
-        """Take in the report on `next_micro_batch()`; the last one of an optimizer batch steps the optimizer.
+    @property
+    def totals(self) -> SlotReport:
+        """What the current optimizer batch has accumulated."""
+        return self._totals
 
-        Args:
-            norm: The gradient's, where it has been read already.
-        """
+    def accumulate(self, report: SlotReport, seconds: float) -> None:
+        """Take in the report on `next_micro_batch()`."""
         self._pending.popleft()
         totals = self._totals
         self._totals = SlotReport(
@@ -140,12 +155,20 @@ class TrainingJob:
             totals.num_supervised_tokens + report.num_supervised_tokens,
         )
         self._seconds += seconds
-        return None if self._pending else self._finish_step(norm)
+
+    def take_totals(self, totals: SlotReport) -> None:
+        """Put in the place of what was accumulated here what all processes have accumulated together."""
+        self._totals = totals
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count wall time besides the forwards."""
+        self._seconds += seconds
 
     def restart_step(self) -> None:
         """Drop what the current optimizer batch has accumulated, so that it starts again from its first micro-batch."""
         self.optimizer.zero_grad()
         self._pending.clear()
+        self._has_begun = False
         self._totals = SlotReport(0.0, 0.0, 0, 0)
         self._seconds = 0.0
 
@@ -181,17 +204,13 @@ class TrainingJob:
         self.restart_step()
         self.state, self.problem = "failed", problem
 
-    # -- within a step
+    def finish_step(self, norm: float | None = None) -> StepReport | None:
+        """Step the optimizer, once the optimizer batch is complete; None where the job failed instead.
 
-    def _begin_step(self) -> None:
-        indices = self.batch_indices(self.step)
-        items = [PackItem(self.examples[int(i)], self.slot.index, (self.spec.seed, self.step, int(i))) for i in indices]
-        if any(item.example.pair is not None and math.isnan(item.example.pair.reference) for item in items):
-            raise ValueError(f"job {self.name} has pairs whose reference has not been computed: see engine/scoring.py")
-        self._denominator = sum(loss_weight(item.example) for item in items)
-        self._pending = deque(split_by_tokens(items, self.micro_batch_tokens))
-
-    def _finish_step(self, norm: float | None) -> StepReport | None:
+        Args:
+            norm: The gradient's, where it has been read already.
+        """
+        self._has_begun, self._mine = False, None
         totals, seconds = self._totals, self._seconds
         if totals.weight_sum == 0:
             self.fail(f"no token of the rows of step {self.step + 1} carries loss; look at them with `luthier check`")
@@ -220,6 +239,21 @@ class TrainingJob:
             totals.num_supervised_tokens,
             seconds,
         )
+
+    # -- within a step
+
+    def _begin_step(self) -> None:
+        if self._has_begun:
+            return
+        indices = self.batch_indices(self.step)
+        items = [PackItem(self.examples[int(i)], self.slot.index, (self.spec.seed, self.step, int(i))) for i in indices]
+        if any(item.example.pair is not None and math.isnan(item.example.pair.reference) for item in items):
+            raise ValueError(f"job {self.name} has pairs whose reference has not been computed: see engine/scoring.py")
+        self._denominator = sum(loss_weight(item.example) for item in items)
+        self._lengths = [item.example.num_tokens for item in items]
+        mine = items if self._mine is None else [items[position] for position in self._mine]
+        self._pending = deque(split_by_tokens(mine, self.micro_batch_tokens))
+        self._has_begun = True
 
 
 ADVICE = "lower train.learning_rate (try a tenth), or set train.warmup_steps, and look at the rows with `luthier check`"

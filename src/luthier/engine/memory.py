@@ -281,7 +281,8 @@ def plan_of(held: Held, costs: Sequence[JobCosts], num_tokens: int, available: i
 def plan_memory(base: Base, jobs: Sequence[TrainingJob], budget_tokens: int) -> MemoryPlan:
     """Predict what the jobs need together when a joint forward holds at most `budget_tokens`."""
     costs = [measured_costs(base, job) for job in jobs]
-    return plan_of(Held.of(base), costs, largest_forward(jobs, budget_tokens), available_bytes(base.device))
+    available = available_bytes(base.device) // base.num_sharing
+    return plan_of(Held.of(base), costs, largest_forward(jobs, budget_tokens), available)
 
 
 def largest_forward(jobs: Sequence[TrainingJob], budget_tokens: int) -> int:

@@ -71,7 +71,7 @@ class JobOptimizer:
         """Let the method add its part, once the optimizer batch is complete; the gradient's 2-norm, on the device."""
         if self.hooks is not None:
             self.hooks.before_step()
-        return nn.utils.get_total_norm([p.grad for p in self._clipped() if p.grad is not None])
+        return nn.utils.get_total_norm([p.grad for p in self.pieces() if p.grad is not None])
 
     def step(self, norm: float | None = None) -> tuple[float, float]:
         """Clip, step and clear the gradients.
@@ -88,7 +88,7 @@ class JobOptimizer:
         value = float(total) if norm is None else norm
         if math.isfinite(value):
             if self.spec.max_grad_norm > 0 and not (norm is not None and norm < self.spec.max_grad_norm):
-                nn.utils.clip_grads_with_norm_(self._clipped(), self.spec.max_grad_norm, total)
+                nn.utils.clip_grads_with_norm_(self.pieces(), self.spec.max_grad_norm, total)
             self._adamw.step(rate)
             # These steps write past autograd's count of writes, by which what is derived of a parameter is told stale.
             torch.autograd.graph.increment_version(list(self.parameters.values()))
@@ -102,13 +102,13 @@ class JobOptimizer:
         if self.flat is None:
             self._adamw.zero_grad()
             return
-        first, *others = self._clipped()
+        first, *others = self.pieces()
         assert first.grad is not None
         first.grad.zero_()  # kept: kernels add to it by its address
         for parameter in others:
             parameter.grad = None
 
-    def _clipped(self) -> list[nn.Parameter]:
+    def pieces(self) -> list[nn.Parameter]:
         """The parameters, those in the flat memory as one."""
         if self.flat is None:
             return list(self.parameters.values())

@@ -11,32 +11,45 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from luthier.errors import LuthierError
 from luthier.worker.messages import SendingProgress, error_message, own_messages
 
 
-def main() -> int:
-    """Train the recipe that standard input brings. Exit codes: 0 done or refused, 130 interrupted, 1 a defect."""
+def serve_order(work: Callable[[dict[str, Any], SendingProgress], None]) -> int:
+    """Do what the order on standard input says. Exit codes: 0 done or refused, 130 interrupted, 1 a defect."""
+    try:
+        return _serve(work)
+    except BrokenPipeError:  # orphaned by a parent that was killed, there is nobody to tell
+        return 130
+
+
+def _serve(work: Callable[[dict[str, Any], SendingProgress], None]) -> int:
     messages = own_messages()
     order = json.loads(sys.stdin.readline())
     progress = SendingProgress(messages)
     signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
-        from luthier.recipe import load_recipe
-        from luthier.worker.train import train_here
-
-        result = train_here(load_recipe(order["recipe"]), resume=order["resume"], progress=progress)
+        work(order, progress)
     except LuthierError as error:
         progress.send(**error_message(error))
-        return 0
     except KeyboardInterrupt:
         progress.send(verb="interrupted")
         return 130
-    progress.send(verb="result", status=result.status, evaluation=result.evaluation, result=result.result)
     return 0
+
+
+def work(order: dict[str, Any], progress: SendingProgress) -> None:
+    """Train the order's recipe, and say what came of it."""
+    from luthier.recipe import load_recipe
+    from luthier.worker.train import train_here
+
+    result = train_here(load_recipe(order["recipe"]), resume=order["resume"], progress=progress)
+    progress.send(verb="result", status=result.status, evaluation=result.evaluation, result=result.result)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -50,9 +63,4 @@ def _stop_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    # Orphaned by a parent that was killed, there is nobody to tell.
-    try:
-        code = main()
-    except BrokenPipeError:
-        code = 130
-    sys.exit(code)
+    sys.exit(serve_order(work))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,14 +37,16 @@ class ChildProcess:
     readers: list[threading.Thread] = field(default_factory=list)
 
     @classmethod
-    def spawn(cls, module: str, order: dict[str, Any], need_bytes: int) -> ChildProcess:
+    def spawn(
+        cls, module: str, order: dict[str, Any], need_bytes: int, environment: Mapping[str, str] = os.environ
+    ) -> ChildProcess:
         """Start the process and hand it its order."""
         process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=dict(environment) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
         )
         child = cls(need_bytes, process)
@@ -85,6 +88,12 @@ class ChildProcess:
         """Ask it to save and end."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once, unless it has ended."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
     def close(self) -> None:
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):

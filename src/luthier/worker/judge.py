@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from luthier.base.load import Base
 from luthier.data.prepare import PreparedData
@@ -16,12 +17,13 @@ from luthier.data.store import ExampleStore, RecordStore
 from luthier.data.template import Renderer
 from luthier.engine.choices import OneOf
 from luthier.engine.pack import BASE_SLOT
+from luthier.engine.ranks import ALONE, Ranks
 from luthier.engine.sample import Request, Sampler, SamplingParams
 from luthier.engine.scoring import SCORE_TOKENS, score_examples
 from luthier.engine.step import SequenceReport
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.tasks.classification.words import WordsTask
-from luthier.tasks.preference.metrics import pair_ratios
+from luthier.tasks.preference.metrics import PAIR_METRICS, pair_ratios
 from luthier.tasks.registry import head_of
 from luthier.tasks.task import Marks, Probabilities
 from luthier.types import Example, HeadKind, Prompt
@@ -270,25 +272,35 @@ def examples_of_rows(store: ExampleStore, rows: set[int]) -> list[Example]:
     return [store[int(i)] for i in np.flatnonzero(np.isin(store.rows, list(rows)))]
 
 
-def mean_loss(reports: Sequence[SequenceReport], head: HeadKind | None = None) -> dict[str, float]:
-    """Loss and accuracy over all the sequences, or what there is of pairs, as metrics.jsonl keeps them.
+def mean_loss(
+    reports: Sequence[SequenceReport], head: HeadKind | None = None, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """Loss and accuracy over all the sequences of all ranks, or what there is of pairs, as metrics.jsonl keeps them.
 
     Args:
         head: Of the task. Of any number of labels the loss alone is told: what is right depends on the threshold.
     """
-    pairs = [report.pair for report in reports if report.pair is not None]
-    if pairs:
-        found = [pair_ratios(pair.chosen_logprob, pair.rejected_logprob, pair.reward_margin) for pair in pairs]
-        means = {name: sum(ratios[name][0] for ratios in found) / len(found) for name in found[0]}
-        return {"loss": sum(report.nll_sum for report in reports) / len(pairs), **means}
-    weight = sum(report.weight_sum for report in reports)
-    loss = sum(report.nll_sum for report in reports) / weight
-    correct = sum(report.num_correct for report in reports) / max(1, sum(report.num_targets for report in reports))
+    rows = [(r.nll_sum, r.weight_sum, r.num_correct, r.num_targets, *_pair_row(r)) for r in reports]
+    sums = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5 + len(PAIR_METRICS)).sum(dim=0)  # a rank may have none
+    ranks.sum_(sums)
+    nll, weight, num_correct, num_targets, num_pairs, *of_pairs = sums.tolist()
+    loss, correct = nll / weight, num_correct / max(1, num_targets)
+    if num_pairs:
+        return {"loss": loss} | {name: total / num_pairs for name, total in zip(PAIR_METRICS, of_pairs, strict=True)}
     if head == "multilabel":
         return {"loss": loss}
     if head is not None:
         return {"loss": loss, "accuracy" if head == "sequence" else "tag_accuracy": correct}
     return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "token_accuracy": correct}
+
+
+def _pair_row(report: SequenceReport) -> list[float]:
+    """1 and the metrics of a pair, or as many zeros."""
+    pair = report.pair
+    if pair is None:
+        return [0.0] * (1 + len(PAIR_METRICS))
+    ratios = pair_ratios(pair.chosen_logprob, pair.rejected_logprob, pair.reward_margin)
+    return [1.0, *(ratios[name][0] for name in PAIR_METRICS)]
 
 
 def _over_itself(report: SequenceReport) -> SequenceReport:

@@ -16,6 +16,8 @@ from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.job import TrainingJob
 from luthier.engine.pack import BASE_SLOT
+from luthier.engine.ranks import ALONE, Ranks
+from luthier.engine.rounds import share_by_tokens
 from luthier.engine.scoring import SCORE_TOKENS, score_examples
 from luthier.evaluate.metrics import RowScore, evaluation
 from luthier.files import write_text
@@ -65,6 +67,7 @@ class Judging:
         base, job: What is judged.
         score_tokens: Most tokens in one forward while scoring.
         between: Called between the forwards, for callers who have other work to see to.
+        ranks: The processes that validate together, a share of the examples each; only the first judges.
 
     Attributes:
         evaluate_every: Steps between two validations.
@@ -86,7 +89,9 @@ class Judging:
         *,
         score_tokens: int = SCORE_TOKENS,
         between: Callable[[], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.recipe, self.folder, self.data, self.seconds = recipe, folder, data, seconds
         self.renderer = renderer
         self.base, self.job = base, job
@@ -183,8 +188,11 @@ class Judging:
         """The validation loss and its like, written down as of `step`."""
         between = self.between
         on_done = (lambda done: None) if between is None else (lambda done: between())
-        reports = score_examples(self.base, self.validation, self.job.slot.index, on_done, self.score_tokens)
-        values = mean_loss(reports, head_of(self.data.task))
+        lengths = [example.num_tokens for example in self.validation]
+        mine = share_by_tokens(lengths, [0] * self.ranks.size)[self.ranks.rank]
+        examples = [self.validation[position] for position in mine]
+        reports = score_examples(self.base, examples, self.job.slot.index, on_done, self.score_tokens)
+        values = mean_loss(reports, head_of(self.data.task), self.ranks)
         self.folder.append_metric(kind="evaluation", step=step, **values)
         return values
 

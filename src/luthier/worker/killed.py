@@ -13,7 +13,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, ProcessLostError
 from luthier.types import LEAST_MICRO_BATCH_TOKENS
 from luthier.worker.run_folder import RunFolder
 
@@ -30,9 +30,15 @@ def note_training(folder: RunFolder, forward_tokens: int) -> None:
 
 
 def note_end(folder: RunFolder, error: BaseException) -> None:
-    """Say that the run ended by an error, which is no kill; where even that cannot be written, it stays unsaid."""
+    """Say that the run ended by an error, which is no kill; where even that cannot be written, it stays unsaid.
+
+    One that has lost another of its processes may have lost it to a kill: its note stays.
+    """
     with contextlib.suppress(LuthierError):
         if folder.state()["status"] == "training":
+            if isinstance(error, ProcessLostError):
+                mark_killed(folder, error.found)
+                return
             how = "failed" if isinstance(error, Exception) else "interrupted"
             folder.set_state(how, problem=str(error) or type(error).__name__)
 

@@ -65,6 +65,15 @@ def placement_of(recipe: Recipe, say: Callable[[str], None] = lambda text: None)
     quantization = recipe.method.quantization
     if quantization is not None:
         require_bitsandbytes(f"method: {recipe.method.type}")
+    return placed_on(recipe, device_of(recipe), resolve(recipe.base, say))
+
+
+def device_of(recipe: Recipe) -> str:
+    """The device that the recipe means on this machine.
+
+    Raises:
+        RecipeError: for one that is not here.
+    """
     device = recipe.compute.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,7 +85,7 @@ def placement_of(recipe: Recipe, say: Callable[[str], None] = lambda text: None)
             f"compute.device is {device}, and torch sees {torch.cuda.device_count()} CUDA devices",
             f"a number below {torch.cuda.device_count()}",
         )
-    return placed_on(recipe, device, resolve(recipe.base, say))
+    return device
 
 
 def placed_on(recipe: Recipe, device: str, folder: Path) -> Placement:

@@ -26,6 +26,7 @@ from luthier.data.template import Renderer
 from luthier.engine.job import StepReport, TrainingJob, total_steps
 from luthier.engine.own import OwnSlot
 from luthier.engine.pack import BASE_SLOT
+from luthier.engine.ranks import ALONE, Ranks, check_alike, wait_for_all
 from luthier.engine.scoring import SCORE_TOKENS
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError
@@ -69,6 +70,8 @@ class Run:
     """Called between the forwards of an evaluation, for callers who have other work to see to."""
     writes_report: bool = True
     """Whether `finish` also writes the report and the card that people read."""
+    ranks: Ranks = ALONE
+    """The processes that train it together. This one writes; the others have a `FollowingRun`."""
     last_validation: dict[str, float] = field(default_factory=dict)
     _saved_step: int = -1
 
@@ -117,7 +120,7 @@ class Run:
             slot = self._make_slot(base, fresh=checkpoint is None)
             check_writable(slot, base)
         if self.data.task.objective == "preference":
-            self._ask_reference(slot)  # before a checkpoint's values come into the slot
+            self._settle_reference(slot)  # before a checkpoint's values come into the slot
         self.job = TrainingJob(self.name, slot, self.data.examples, self.recipe.train.spec())
         if checkpoint is not None:
             extra = load_checkpoint(checkpoint, self.job, base)
@@ -147,6 +150,10 @@ class Run:
         if self.recipe.start_from is None:
             return base.bank.add(spec, self.recipe.train.seed, fresh=fresh)
         return started_slot(base, self.recipe.start_from, spec, self.name, self.progress)
+
+    def _settle_reference(self, slot: Slot | OwnSlot) -> None:
+        self._ask_reference(slot)
+        wait_for_all(self.ranks)  # they read what this one has written
 
     def _ask_reference(self, slot: Slot | OwnSlot) -> None:
         """Give every pair what the model makes of it that training begins from."""
@@ -236,6 +243,7 @@ class Run:
             self.job,
             score_tokens=self.score_tokens,
             between=self.between,
+            ranks=self.ranks,
         )
 
     def judge_base(self) -> None:
@@ -286,6 +294,19 @@ class Run:
         step = self.job.step
         if step == self._saved_step or step == 0:
             return
+        self.check_replicas()
+        self._write_checkpoint(step)
+        self._saved_step = step
+
+    def check_replicas(self) -> None:
+        """Hold what this process trains against what the others do.
+
+        Raises:
+            RunError: when they differ.
+        """
+        check_alike(self.ranks, self.job.optimizer.pieces(), f"what {self.name} has learnt by step {self.job.step}")
+
+    def _write_checkpoint(self, step: int) -> None:
         extra = {
             "base": self._base_identity(),
             "data": self.data.data_hash,
@@ -298,7 +319,6 @@ class Run:
             "stopped_because": self.stopped_because,
         }
         save_checkpoint(self.folder.checkpoints, self.job, self.base, extra, **self._adapter_facts())
-        self._saved_step = step
         prune(self.folder.checkpoints, keep={step, self.best.step})
 
     def interrupt(self) -> None:
@@ -381,6 +401,7 @@ class Run:
             "num_base_parameters": self.base.num_parameters,
             "micro_batch_tokens": self.job.micro_batch_tokens,
             "device": device,
+            "num_processes": self.ranks.size,
             "base_sha256": self._base_identity(),
             "base_quantization": self.base.quantization,
             "base_dtype": str(self.base.dtype).removeprefix("torch."),

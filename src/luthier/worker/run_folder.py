@@ -24,6 +24,9 @@ FORMAT = 1
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 """Who trains the folder now: `worker/run_lock.py` keeps them."""
 
+MAY_CHANGE = ("output", "compute.devices")
+"""Fields in which a resume may differ: where the folder is now, and over how many processes it goes on."""
+
 PACKAGES = ("luthier", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -123,7 +126,8 @@ class RunFolder:
             RunError: naming the fields that differ.
         """
         before, now = self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
-        changed = [f"{n}: was {b!r}, is {a!r}" for n, b, a in _differences(before, now) if n != "output"]
+        found = [difference for difference in _differences(before, now) if difference[0] not in MAY_CHANGE]
+        changed = [f"{n}: was {b!r}, is {a!r}" for n, b, a in found]
         if changed:
             raise RunError(
                 f"{self.path} was started with another recipe:\n  " + "\n  ".join(changed),

@@ -10,26 +10,36 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
 from luthier.base.load import Base
+from luthier.distributed.torch_ranks import connected
 from luthier.engine.engine import Engine
 from luthier.engine.memory import available_bytes
-from luthier.errors import RecipeError
+from luthier.engine.ranks import any_of, wait_for_all
+from luthier.errors import ProcessLostError, RecipeError
 from luthier.recipe import Recipe
 from luthier.worker.children import Children
+from luthier.worker.following import FollowingRun
 from luthier.worker.interrupts import interrupts
-from luthier.worker.killed import note_end
-from luthier.worker.loading import Placement, check_optimizer, load_own_placed, load_placed, placement_of
+from luthier.worker.killed import mark_killed, note_end
+from luthier.worker.launch.crew import run_crew
+from luthier.worker.launch.launcher import Launcher
+from luthier.worker.launch.local import LocalLauncher
+from luthier.worker.launch.place import RankPlace, place_of_process
+from luthier.worker.loading import Placement, check_optimizer, device_of, load_own_placed, load_placed, placement_of
 from luthier.worker.memory import Shrinking, settle_memory
-from luthier.worker.method_fit import check_bank_method, check_exclusive_method
+from luthier.worker.method_fit import check_bank_method, check_exclusive_method, check_method
 from luthier.worker.plan import admission_bytes
 from luthier.worker.progress import Progress, SilentProgress
 from luthier.worker.result import RunResult
 from luthier.worker.run import Run
+from luthier.worker.run_folder import RunFolder
 from luthier.worker.run_lock import holding
+from luthier.worker.team import ONE, RankProgress, Team, check_together, device_at, num_devices
 
 __all__ = ["RunResult", "train"]
 
@@ -51,10 +61,16 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
 
     Raises:
         RecipeError, DataError, ModelError, RunError, StorageError: for what a user can mend, before anything is lost.
+        ProcessLostError: where one of several processes was killed, or is gone.
         KeyboardInterrupt: after Ctrl-C, once every run is saved.
     """
     progress = progress or SilentProgress()
     _check_outputs(recipes)
+    place = place_of_process()
+    if place is not None:
+        return train_ranked(recipes, place, resume=resume, progress=progress)
+    if num_devices(recipes) > 1:
+        return train_launched(recipes, LocalLauncher(), resume=resume, progress=progress)
     shared = [recipe for recipe in recipes if recipe.method.runs == "bank"]
     exclusive = [recipe for recipe in recipes if recipe.method.runs == "exclusive"]
     if not exclusive:
@@ -75,66 +91,141 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
     return [found[recipe.output] for recipe in recipes]
 
 
+def train_launched(
+    recipes: Sequence[Recipe], launcher: Launcher, *, resume: bool, progress: Progress
+) -> list[RunResult]:
+    """Train recipes over several processes that `launcher` starts; errors as `train`."""
+    size = num_devices(recipes)
+    check_together(recipes)
+    # Before anything is started, so that the base is fetched once and a refusal is said once.
+    placement = _common_placement(recipes, progress)
+    device_at(placement.device, RankPlace(0, size, 0, size))
+    for recipe in recipes:
+        check_method(recipe, placement.folder)
+    order = {"recipes": [recipe.model_dump(mode="json") for recipe in recipes], "resume": resume}
+    try:
+        results = run_crew(launcher, order, size, progress)
+    except ProcessLostError as error:
+        for folder in (RunFolder(Path(recipe.output)) for recipe in recipes):
+            if folder.has_state and not folder.is_unused:
+                mark_killed(folder, error.found)
+        raise
+    return [RunResult(Path(recipe.output), **values) for recipe, values in zip(recipes, results, strict=True)]
+
+
+def train_ranked(recipes: Sequence[Recipe], place: RankPlace, *, resume: bool, progress: Progress) -> list[RunResult]:
+    """Train recipes as one of several processes; errors as `train`.
+
+    Returns:
+        Results in the order of the recipes, without scores where another process judges.
+    """
+    check_together(recipes)
+    wish = recipes[0].compute.devices
+    if place.is_first and wish not in (1, "auto", place.size):
+        progress.note(f"compute.devices is {wish}, and {place.size} processes were started: so many train", "warning")
+    device = torch.device(device_at(device_of(recipes[0]), place))
+    with connected(place.rank, place.size, place.rendezvous, device) as ranks:
+        team = Team(place, ranks)
+        heard = progress if place.is_first else RankProgress(progress, place.rank)
+        if recipes[0].method.runs == "exclusive":
+            return [train_exclusive(recipes[0], resume=resume, progress=heard, team=team)]
+        return train_together(recipes, resume=resume, progress=heard, team=team)
+
+
 def train_together(
-    recipes: Sequence[Recipe], *, resume: bool, progress: Progress, children: Children | None = None
+    recipes: Sequence[Recipe], *, resume: bool, progress: Progress, children: Children | None = None, team: Team = ONE
 ) -> list[RunResult]:
     """Train recipes of the bank on one resident base, while children train beside it; errors as `train`."""
-    placement = _common_placement(recipes, progress)
+    placement = team.placed(team.in_turn(lambda: _common_placement(recipes, progress)))
     for recipe in recipes:
         check_bank_method(recipe, placement.folder)
-    with holding([recipe.output for recipe in recipes]):
-        return _train_held(recipes, placement, resume=resume, progress=progress, children=children)
+    with _holding(recipes, team):
+        return _train_held(recipes, placement, resume=resume, progress=progress, children=children, team=team)
+
+
+def _holding(recipes: Sequence[Recipe], team: Team) -> AbstractContextManager[None]:
+    return holding([recipe.output for recipe in recipes]) if team.is_first else nullcontext()
+
+
+def _begin(recipes: Sequence[Recipe], folder: Path, *, resume: bool, progress: Progress, team: Team) -> list[Run]:
+    """The recipes' runs, as this process has them."""
+    kind = Run if team.is_first else FollowingRun
+    runs = team.in_turn(lambda: [kind.begin(recipe, folder, progress, resume=resume) for recipe in recipes])
+    wait_for_all(team.ranks)  # from here on the first may write what the others have read
+    for run in runs:
+        run.ranks = team.ranks
+    return runs
 
 
 def _train_held(
-    recipes: Sequence[Recipe], placement: Placement, *, resume: bool, progress: Progress, children: Children | None
+    recipes: Sequence[Recipe],
+    placement: Placement,
+    *,
+    resume: bool,
+    progress: Progress,
+    children: Children | None,
+    team: Team,
 ) -> list[RunResult]:
-    runs = [Run.begin(recipe, placement.folder, progress, resume=resume) for recipe in recipes]
+    runs = _begin(recipes, placement.folder, resume=resume, progress=progress, team=team)
     kept = [result for run in runs if (result := run.kept_result()) is not None]
     if len(kept) == len(runs):
         progress.note("nothing is left to do: " + ("this run is" if len(runs) == 1 else "these runs are") + " done")
         _attend(children)
         return kept
     progress.stage("Loading the base")
-    base = load_placed(placement, max((r.compute.threads or 0 for r in recipes), default=0) or None)
-    return _train_on(base, runs, progress, children)
+    threads = team.threads(max((r.compute.threads or 0 for r in recipes), default=0) or None)
+    return _train_on(load_placed(placement, threads), runs, progress, team, children)
 
 
 def train_here(recipe: Recipe, *, resume: bool, progress: Progress) -> RunResult:
-    """Train one recipe of any method in this process, once it has been checked; errors as `train`."""
+    """Train one recipe of any method in this process, or in several of its own; errors as `train`."""
+    if num_devices([recipe]) > 1:
+        return train_launched([recipe], LocalLauncher(), resume=resume, progress=progress)[0]
     if recipe.method.runs == "bank":
         return train_together([recipe], resume=resume, progress=progress)[0]
     _need(recipe, progress)
     return train_exclusive(recipe, resume=resume, progress=progress)
 
 
-def train_exclusive(recipe: Recipe, *, resume: bool, progress: Progress) -> RunResult:
+def train_exclusive(recipe: Recipe, *, resume: bool, progress: Progress, team: Team = ONE) -> RunResult:
     """Train one exclusive recipe in this process, on a base of its own; errors as `train`."""
-    placement = placement_of(recipe, progress.note)
-    with holding([recipe.output]):
-        run = Run.begin(recipe, placement.folder, progress, resume=resume)
+    placement = team.placed(team.in_turn(lambda: placement_of(recipe, progress.note)))
+    if team is not ONE:
+        check_optimizer(recipe, placement.device)
+        check_exclusive_method(recipe, placement.folder)
+    with _holding([recipe], team):
+        (run,) = _begin([recipe], placement.folder, resume=resume, progress=progress, team=team)
         if (kept := run.kept_result()) is not None:
             return kept
         progress.stage(f"Loading a base for {recipe.output}")
-        base = load_own_placed(placement, run.exclusive_spec(), recipe.train.seed, recipe.compute.threads)
-        return _train_on(base, [run], progress)[0]
+        threads = team.threads(recipe.compute.threads)
+        base = load_own_placed(placement, run.exclusive_spec(), recipe.train.seed, threads)
+        return _train_on(base, [run], progress, team)[0]
 
 
-def _train_on(base: Base, runs: list[Run], progress: Progress, children: Children | None = None) -> list[RunResult]:
+def _train_on(
+    base: Base, runs: list[Run], progress: Progress, team: Team, children: Children | None = None
+) -> list[RunResult]:
     try:
-        return _train_noted(base, runs, progress, children)
+        return _train_noted(base, runs, progress, team, children)
     except BaseException as error:
         for run in runs:
             note_end(run.folder, error)
         raise
 
 
-def _train_noted(base: Base, runs: list[Run], progress: Progress, children: Children | None) -> list[RunResult]:
-    if base.packing_problem:
+def _train_noted(
+    base: Base, runs: list[Run], progress: Progress, team: Team, children: Children | None
+) -> list[RunResult]:
+    if base.packing_problem and team.is_first:
         progress.note(f"this base runs padded, which is slower: {base.packing_problem}", "warning")
-    engine = Engine(base)
+    if base.device.type == "cpu":
+        base.num_sharing = team.place.local_size
+    engine = Engine(base, ranks=team.ranks)
     for run in runs:
         engine.add(run.admit(base))
+    for run in runs:
+        run.check_replicas()
     plan = settle_memory(engine, runs, progress)
     if children is not None:
         children.admit(plan.available - plan.needed, beside_others=True)
@@ -158,7 +249,7 @@ def _loop(engine: Engine, runs: list[Run], progress: Progress, asked: list[int],
             progress.start(run.name, run.job.total_steps)
     shrinking = Shrinking(engine, runs, progress)
     while engine.has_work:
-        if asked:
+        if any_of(engine.ranks, bool(asked)):
             for run in runs:
                 run.interrupt()
             raise KeyboardInterrupt
@@ -168,7 +259,7 @@ def _loop(engine: Engine, runs: list[Run], progress: Progress, asked: list[int],
         for run in runs:
             if run.job.state == "failed" and not run.stopped_because:
                 run.stopped_because = run.job.problem
-                progress.note(f"{run.name} stopped: {run.job.problem}", "warning")
+                run.progress.note(f"{run.name} stopped: {run.job.problem}", "warning")
         if children is not None:
             children.poll()
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 PREFERENCE_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY = "preference_accuracy", "reward_margin", "ranking_accuracy"
+PAIR_METRICS = (PREFERENCE_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY)
 
 
 def pair_ratios(chosen_logprob: float, rejected_logprob: float, reward_margin: float) -> dict[str, tuple[float, float]]:
