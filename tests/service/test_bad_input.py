@@ -72,23 +72,31 @@ def test_a_file_that_is_too_large(small: Service, caller: openai.OpenAI) -> None
     assert stored(small) == before
 
 
-def test_600_megabytes_are_refused_in_words(service: Service) -> None:
+@pytest.fixture
+def roomy(tiny_llama: Path, tmp_path: Path, service_database: Callable[[], str]) -> Iterator[Service]:
+    """An API without a worker, with the limits that hold by default."""
+    with serving(make_context(tmp_path, tiny_llama, service_database(), start_seconds=0.2)) as running:
+        running.tenant("acme")
+        yield running
+
+
+def test_600_megabytes_are_refused_in_words(roomy: Service) -> None:
     """As a body whose length is not announced: what comes past the limit is thrown away."""
-    before = stored(service)
+    before = stored(roomy)
     head = b'--x\r\ncontent-disposition: form-data; name="file"; filename="t.jsonl"\r\n\r\n'
     source = io.BufferedReader(Zeros(600 * MEGABYTE))
     with httpx.Client(timeout=60) as client:
         response = client.post(
-            f"{service.url}/v1/files",
+            f"{roomy.url}/v1/files",
             headers={
-                "authorization": f"Bearer {service.keys['acme']}",
+                "authorization": f"Bearer {roomy.keys['acme']}",
                 "content-type": "multipart/form-data; boundary=x",
             },
             content=itertools.chain([head], iter(lambda: source.read(4 * MEGABYTE), b"")),
         )
     assert response.status_code == 413
     assert response.json()["error"]["message"].startswith("The request is larger than 513 MB")
-    assert stored(service) == before
+    assert stored(roomy) == before
 
 
 def test_a_zip_bomb_named_jsonl(caller: openai.OpenAI) -> None:
