@@ -134,3 +134,32 @@ def test_a_failed_job_is_exit_code_2_and_the_others_are_still_told(
     assert done.exit_code == 2
     assert "5% → 90%" in done.stdout
     assert "runs/bad failed" in done.stderr
+
+
+def test_devices_are_set_for_every_recipe_and_named_in_the_hint(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def interrupted(recipes: Sequence[Recipe], resume: bool, progress: Progress) -> list[Result]:
+        seen.extend(recipe.compute.devices for recipe in recipes)
+        raise KeyboardInterrupt
+
+    _train_with(monkeypatch, interrupted)
+    result = CliRunner().invoke(app, ["train", recipe, "--devices", "3"])
+    assert result.exit_code == 130
+    assert seen == [3]
+    assert "--set compute.devices=3 --resume" in result.stderr
+    assert CliRunner().invoke(app, ["train", recipe, "--devices", "0"]).exit_code == 1
+
+
+def test_of_several_processes_the_first_alone_speaks(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+
+    def train(recipes: Sequence[Recipe], resume: bool, progress: Progress) -> list[Result]:
+        progress.stage("Loading the base")
+        return [Result(Path("run"), status)]
+
+    for status, code in (("done", 0), ("failed", 2)):
+        _train_with(monkeypatch, train)
+        result = CliRunner().invoke(app, ["train", recipe, "--json"])
+        assert (result.exit_code, result.stdout, result.stderr) == (code, "", "")

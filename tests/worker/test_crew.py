@@ -6,11 +6,14 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from luthier.distributed import torch_ranks
 from luthier.errors import DataError, LuthierError, ProcessLostError, RecipeError, RunError
 from luthier.recipe import Recipe, load_recipe
 from luthier.worker.launch import crew
@@ -170,6 +173,18 @@ def test_what_is_not_there_is_refused_in_one_sentence(tmp_path: Path, field: str
     with pytest.raises(RecipeError, match=words) as told:
         recipe_with(tmp_path, tmp_path, **{field: value})
     assert f"compute.{field}" in told.value.message
+
+
+# -- meeting
+
+
+def test_nobody_where_the_ranks_meet_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_ranks, "MEETING", timedelta(seconds=1))
+    with (
+        pytest.raises(ProcessLostError, match="rank 1 has lost the other processes"),
+        torch_ranks.connected(1, 2, "tcp://127.0.0.1:9", torch.device("cpu")),
+    ):
+        pass
 
 
 # -- places

@@ -172,7 +172,7 @@ def test_torchrun_starts_it_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
     settings = {"method": "full", "learning_rate": 1e-3, "max_steps": 4}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_for(tiny_llama, tmp_path, "two", **settings)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "-m", "luthier.cli.main", "train", str(file), "--json"], capture_output=True, text=True, timeout=120
     )

@@ -16,6 +16,9 @@ PATIENCE = timedelta(days=7)
 """How long a rank waits for the others. The first may judge for hours meanwhile, and one that dies is noticed at once,
 for its connections close; so this ends nothing but a process that was stopped and forgotten."""
 
+MEETING = timedelta(minutes=10)
+"""How long it looks for the place where they meet."""
+
 
 class TorchRanks:
     """The processes of the default group. CPU tensors are summed by gloo, CUDA tensors by NCCL."""
@@ -49,7 +52,8 @@ def connected(rank: int, size: int, rendezvous: str, device: torch.device) -> It
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=size, timeout=PATIENCE)
+        store, *_ = next(dist.rendezvous(rendezvous, rank, size, timeout=MEETING))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except RuntimeError as error:
         raise _lost(rank, error) from error
     try:
