@@ -116,14 +116,14 @@ class Prompt:
         reference: The expected continuation as text.
         text: The prompt as a person would read it, for reports.
         row: Index of the record in its dataset.
-        choices: The only replies there are, as texts; empty where the reply is free.
+        choices: Token ids of the only replies there are, each with its end; empty where the reply is free.
     """
 
     tokens: NDArray[np.int32]
     reference: str
     text: str
     row: int = 0
-    choices: tuple[str, ...] = ()
+    choices: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

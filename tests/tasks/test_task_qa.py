@@ -106,6 +106,29 @@ def test_choices_are_classes() -> None:
             QaConfig(choices=choices)
 
 
+@pytest.mark.parametrize("family", ["chatml", "llama3", "mistral", "qwen3", "channels", "think-prompt", "no-end", None])
+def test_choices_are_the_tokens_that_are_trained(family: str | None, tmp_path: Path) -> None:
+    """Behind what the template writes before an answer, and with the answer's end."""
+    folder = write_family(tmp_path, family or "llama3")
+    if family is None:
+        (folder / "chat_template.jinja").unlink()
+    renderer = Renderer.load(folder)
+    task = task_for(QaConfig(choices=["yes", "no", "may be"]))
+    for n, answer in enumerate(["yes", "no", "may be"]):
+        record = task.parse({**ROW, "answers": answer})
+        (prompt,) = task.prompts(record, renderer)
+        (example,) = task.examples(record, renderer, 2048)
+        assert [*prompt.tokens.tolist(), *prompt.choices[n]] == example.tokens.tolist()
+
+
+def test_reasoning_in_front_is_no_part_of_an_answer() -> None:
+    task = task_for(QaConfig(choices=["yes", "no", "maybe"]))
+    record = task.parse({**ROW, "answers": "no"})
+    marks = task.mark(record, "<think>\n\n</think>\n\nno")
+    assert (marks.is_exact, marks.predicted_class) == (True, 1)
+    assert task.present(record, "<think>\nyes?\n</think>\n\nno") == {"answer": "no"}
+
+
 @pytest.mark.parametrize(("truncation", "answer"), [("end", "alpha"), ("start", "omega")])
 def test_a_long_text_is_cut_and_the_answer_stays(truncation: Any, answer: str, tmp_path: Path) -> None:
     renderer = Renderer.load(write_family(tmp_path, "chatml"))

@@ -18,15 +18,14 @@ class OneOf:
     where they differ later, it is decided token by token.
 
     Args:
-        choices: Token ids of each choice; none empty.
-        end: The token that ends a reply.
+        choices: Token ids of each choice, the one that ends it included; none empty.
         vocabulary_size: V.
     """
 
-    def __init__(self, choices: Sequence[Sequence[int]], end: int, vocabulary_size: int) -> None:
+    def __init__(self, choices: Sequence[Sequence[int]], vocabulary_size: int) -> None:
         if not choices or not all(choices):
             raise ValueError("a reply needs at least one choice, and each at least one token")
-        self._left = [(*choice, end) for choice in choices]
+        self._left = [tuple(choice) for choice in choices]
         self._size = vocabulary_size
 
     def allowed_V(self) -> Tensor:

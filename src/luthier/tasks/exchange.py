@@ -22,6 +22,8 @@ Pair = tuple[str, str]
 SEPARATOR = "\n\n"
 """Between question and answer where there is no chat template."""
 
+REASONING_ENDS = "</think>"
+
 
 def sequence(
     question: str, answer: str, renderer: Renderer, system: str | None = None
@@ -65,9 +67,32 @@ def prompt(
         text = renderer.render_chat(turns, add_generation_prompt=True)
         ids = renderer.encode_rendered(text)
     else:
-        text = _as_text("".join(f"{q}{SEPARATOR}{a}{SEPARATOR}" for q, a in shots) + question, system)
+        text = _shown(question, system, shots)
         ids = renderer.with_bos(renderer.encode(text))
-    return Prompt(np.asarray(ids, dtype=np.int32), reference, text, row, tuple(choices))
+    written = as_written(question, choices, renderer, system=system, shots=shots)
+    return Prompt(np.asarray(ids, dtype=np.int32), reference, text, row, written)
+
+
+def as_written(
+    question: str,
+    answers: Sequence[str],
+    renderer: Renderer,
+    *,
+    system: str | None = None,
+    shots: Sequence[Pair] = (),
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each answer as the model learns to write it after `prompt`, its end included."""
+    if renderer.can_chat:
+        turns = [messages([*shots, (question, answer)], system) for answer in answers]
+        return tuple(tuple(renderer.chat_turn(turn, len(turn) - 1).reply_ids) for turn in turns)
+    text = _shown(question, system, shots)
+    encoded = renderer.encode(text)
+    return tuple((*renderer.continuation(text, encoded, answer), renderer.require_eos_id()) for answer in answers)
+
+
+def answer_in(reply: str) -> str:
+    """The answer in a reply, without the reasoning, mostly empty, that templates such as Qwen3's write before it."""
+    return reply.rpartition(REASONING_ENDS)[2].strip()
 
 
 def messages(pairs: Sequence[Pair], system: str | None) -> list[dict[str, Any]]:
@@ -76,6 +101,11 @@ def messages(pairs: Sequence[Pair], system: str | None) -> list[dict[str, Any]]:
     for question, answer in pairs:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return turns
+
+
+def _shown(question: str, system: str | None, shots: Sequence[Pair]) -> str:
+    """The plain text of a question, behind the `shots` and their answers."""
+    return _as_text("".join(f"{q}{SEPARATOR}{a}{SEPARATOR}" for q, a in shots) + question, system)
 
 
 def _as_text(question: str, system: str | None) -> str:

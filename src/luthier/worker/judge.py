@@ -255,14 +255,12 @@ def write_replies(
 ) -> list[str]:
     """The likeliest reply to each prompt, batched; held to the prompt's choices where it has some."""
     params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=tuple(renderer.stop_ids))
-    end = renderer.end_of_turn_id if renderer.can_chat else renderer.require_eos_id()
     requests = []
     for n, prompt in enumerate(prompts):
         constraint, own = None, params
         if prompt.choices:
-            sequences = [renderer.continuation(prompt.text, prompt.tokens.tolist(), c) for c in prompt.choices]
-            constraint = OneOf(sequences, end, base.vocabulary_size)
-            own = replace(params, max_new_tokens=max(len(sequence) for sequence in sequences) + 1)
+            constraint = OneOf(prompt.choices, base.vocabulary_size)
+            own = replace(params, max_new_tokens=max(map(len, prompt.choices)))
         requests.append(Request(str(n), prompt.tokens, slot, own, constraint))
     return [reply.text for reply in Sampler(base, renderer.decode).run(requests, on_rows, between=between)]
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from luthier.tasks.art.guard import DrawingError
 from luthier.tasks.art.raster import picture_of
 from luthier.tasks.art.render import ArtTask
+from luthier.tasks.exchange import answer_in
 from luthier.tasks.exhibit import Exhibit, Judged, spread
 
 MAX_ROWS = 12
@@ -65,7 +66,8 @@ def contact_sheet(rows: Sequence[Judged]) -> bytes:
 
 
 def _drawings(judged: Judged) -> list[tuple[str, str]]:
-    return [(who, judged.record.svg if who == "reference" else judged.replies.get(who, "")) for who in _WHO]
+    drawn = {who: answer_in(reply) for who, reply in judged.replies.items()} | {"reference": judged.record.svg}
+    return [(who, drawn.get(who, "")) for who in _WHO]
 
 
 def shared_beginning(prompts: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from luthier.tasks.art.guard import DrawingError
 from luthier.tasks.art.raster import ink_of, iou
 from luthier.tasks.art.schema import ArtConfig, Drawing
 from luthier.tasks.defaults import WithoutClasses, Writes
-from luthier.tasks.exchange import prompt, sequence
+from luthier.tasks.exchange import answer_in, prompt, sequence
 from luthier.tasks.fit import fit
 from luthier.tasks.shapes import require_text
 from luthier.tasks.task import Marks, Truncation
@@ -70,13 +70,13 @@ class ArtTask(WithoutClasses, Writes):
     def present(self, record: Drawing, prediction: str) -> dict[str, Any]:
         found = self._ink(prediction)
         problem = {"problem": str(found)} if isinstance(found, DrawingError) else {}
-        return {"svg": prediction.strip(), "valid": not problem, **problem}
+        return {"svg": answer_in(prediction), "valid": not problem, **problem}
 
     def signatures(self, records: Sequence[Drawing]) -> dict[str, str]:
         return {"iou": f"of inked pixels, {self.config.resolution} by {self.config.resolution}"}
 
     def _ink(self, svg: str) -> Any:
-        return ink_of(svg, self.config.resolution)
+        return ink_of(answer_in(svg), self.config.resolution)
 
     def _prompt_of(self, row: Mapping[str, Any]) -> str:
         name = next((name for name in PROMPTS if row.get(name) is not None), None)

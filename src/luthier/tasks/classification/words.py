@@ -30,7 +30,7 @@ from luthier.errors import DataError
 from luthier.tasks.classification.render import ClassificationTask
 from luthier.tasks.classification.schema import LabelledText
 from luthier.tasks.classification.text import unknown_label
-from luthier.tasks.exchange import messages, prompt, sequence
+from luthier.tasks.exchange import as_written, prompt, sequence
 from luthier.tasks.fit import too_long
 from luthier.tasks.task import Task, Truncation
 from luthier.types import Example, Objective, Prompt
@@ -125,13 +125,8 @@ class WordsTask(ClassificationTask):
         """The prompt's tokens, and for each label what the model learns to write there, its end included."""
         shown = [(self._question(shot.text), self.words_of(shot.label)) for shot in shots]
         question, words = self._question(record.text), [self.words_of(label) for label in self.labels]
-        if renderer.can_chat:
-            place = 2 * len(shown) + 1
-            turns = [renderer.chat_turn(messages([*shown, (question, answer)], None), place) for answer in words]
-            return np.asarray(turns[0].prompt_ids, dtype=np.int32), tuple(tuple(turn.reply_ids) for turn in turns)
-        asked = prompt(question, "", renderer, shots=shown)
-        encoded, end = renderer.encode(asked.text), renderer.require_eos_id()
-        return asked.tokens, tuple((*renderer.continuation(asked.text, encoded, answer), end) for answer in words)
+        tokens = prompt(question, "", renderer, shots=shown).tokens
+        return tokens, as_written(question, words, renderer, shots=shown)
 
     def queries(self, record: LabelledText, renderer: Renderer, max_length: int, row: int = 0) -> list[Example]:
         return []

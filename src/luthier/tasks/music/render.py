@@ -16,7 +16,7 @@ from typing import Any
 
 from luthier.data.template import Renderer
 from luthier.tasks.defaults import WithoutClasses, Writes
-from luthier.tasks.exchange import prompt, sequence
+from luthier.tasks.exchange import answer_in, prompt, sequence
 from luthier.tasks.fit import fit
 from luthier.tasks.music.metrics import fitting_bars, notes_in_key
 from luthier.tasks.music.notation import NotationError, Tune, read_or_fault
@@ -83,7 +83,7 @@ class MusicTask(WithoutClasses, Writes):
 
     def whole_tune(self, record: AbcTune, answer: str) -> str:
         """The tune that an answer to a record makes, header and music."""
-        answer = answer.strip()
+        answer = answer_in(answer)
         return f"{record.header}\n{answer}" if self._gives_header else answer
 
     @property

@@ -21,7 +21,7 @@ from luthier.data.rows import RowError, preview
 from luthier.data.template import Renderer
 from luthier.errors import nearest
 from luthier.tasks.defaults import WithoutClasses, Writes
-from luthier.tasks.exchange import prompt, sequence
+from luthier.tasks.exchange import answer_in, prompt, sequence
 from luthier.tasks.fit import too_long
 from luthier.tasks.qa.metrics import exact_match, f1, normalize
 from luthier.tasks.qa.schema import QaConfig, Question
@@ -82,7 +82,7 @@ class QaTask(WithoutClasses, Writes):
         is_exact = exact_match(answer, record.answers)
         choices = [normalize(choice) for choice in self.config.choices or ()]
         right = normalize(record.answers[0]) if record.answers else ""
-        guess = normalize(prediction)
+        guess = normalize(answer_in(prediction))
         return Marks(
             reply=prediction,
             reference=" | ".join(record.answers) or self.config.no_answer,
@@ -125,7 +125,8 @@ class QaTask(WithoutClasses, Writes):
 
     def _said(self, prediction: str) -> str:
         """The answer of a reply: empty where it says that there is none."""
-        return "" if normalize(prediction) == normalize(self.config.no_answer) else prediction.strip()
+        answer = answer_in(prediction)
+        return "" if normalize(answer) == normalize(self.config.no_answer) else answer
 
     def _cut(self, record: Question, answer: str, renderer: Renderer, max_length: int, truncation: Truncation) -> str:
         """The longest part of the text with which the exchange fits."""

@@ -15,7 +15,7 @@ from typing import Any
 from luthier.data.rows import RowError, preview
 from luthier.data.template import Renderer
 from luthier.tasks.defaults import WithoutClasses, Writes
-from luthier.tasks.exchange import prompt, sequence
+from luthier.tasks.exchange import answer_in, prompt, sequence
 from luthier.tasks.fit import too_long
 from luthier.tasks.shapes import require_text, unpack_json
 from luthier.tasks.task import Marks, Truncation
@@ -73,12 +73,12 @@ class TranslationTask(WithoutClasses, Writes):
         return Marks(
             reply=prediction,
             reference=" | ".join(record.targets),
-            statistics=sentence_statistics(prediction, record.targets, bleu_tokenizer(record.target_lang)),
+            statistics=sentence_statistics(answer_in(prediction), record.targets, bleu_tokenizer(record.target_lang)),
             group=" to ".join(languages) or None,
         )
 
     def present(self, record: Translation, prediction: str) -> dict[str, Any]:
-        return {"translation": prediction}
+        return {"translation": answer_in(prediction)}
 
     def signatures(self, records: Sequence[Translation]) -> dict[str, str]:
         """sacrebleu's signatures, for the commonest target language and the most references of a row."""
