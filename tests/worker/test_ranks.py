@@ -91,7 +91,7 @@ def press_ctrl_c() -> None:
 def kill_a_rank() -> None:
     ranks = [p for p in psutil.Process().children() if "luthier.worker.launch.process" in p.cmdline()]
     assert len(ranks) == 2
-    max(ranks, key=lambda process: process.create_time()).kill()
+    max(ranks, key=lambda process: (process.create_time(), process.pid)).kill()  # both may begin in one tick
 
 
 @pytest.fixture(scope="module")
