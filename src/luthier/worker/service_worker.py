@@ -37,8 +37,9 @@ __all__ = ["ServiceWorker", "WorkerOptions", "run_worker"]
 
 logger = logging.getLogger("luthier.worker")
 
-REPLY_SECONDS_PER_TRAINING_SECOND = 0.6
-"""While jobs train, replies get this much time for each second of training: training keeps 62%."""
+REPLY_SECONDS_PER_TRAINING_SECOND = 0.45
+"""While jobs train, replies get this much time for each second of training, and the rest of the forward that is running
+when it is over. The API and its clients take their part of the processor besides."""
 WAIT_SECONDS = 0.05
 SHUTDOWN_SECONDS = 60.0
 
