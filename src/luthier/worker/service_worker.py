@@ -38,8 +38,8 @@ __all__ = ["ServiceWorker", "WorkerOptions", "run_worker"]
 logger = logging.getLogger("luthier.worker")
 
 REPLY_SECONDS_PER_TRAINING_SECOND = 0.45
-"""While jobs train, replies get this much time for each second of training, and the rest of the forward that is running
-when it is over. The API and its clients take their part of the processor besides."""
+"""While jobs train, replies get this much time for each second of training: training keeps 69% of a worker's time. The
+API and its clients take their part of the processor besides."""
 WAIT_SECONDS = 0.05
 SHUTDOWN_SECONDS = 60.0
 
@@ -56,6 +56,7 @@ class ServiceWorker:
         self._preparing: set[str] = set()
         self._is_stopping = threading.Event()
         self._is_over = threading.Event()
+        self._reply_seconds = 0.0
         self._in_between = False
         shutil.rmtree(options.scratch, ignore_errors=True)
         options.scratch.mkdir(parents=True)
@@ -149,11 +150,15 @@ class ServiceWorker:
         spent = self._jobs.train() if self._jobs.has_work and not self._recorder.is_behind else 0.0
         self._jobs.finish_ended()
         self._children.poll()
-        deadline = time.monotonic() + spent * REPLY_SECONDS_PER_TRAINING_SECOND
-        while self._replies.has_work:
+        # Time that replies took beyond theirs is taken off the next; time that they left is not kept.
+        owed = min(self._reply_seconds, 0.0) if spent else 0.0
+        self._reply_seconds = owed + spent * REPLY_SECONDS_PER_TRAINING_SECOND
+        while self._replies.has_work and (self._reply_seconds > 0.0 or not spent):
+            started = time.monotonic()
             self._replies.step()
             self._inbox.take_all()
-            if self._jobs.has_work and time.monotonic() >= deadline:
+            self._reply_seconds -= time.monotonic() - started
+            if self._jobs.has_work and not spent:
                 break
         if not spent and not self._replies.has_work:
             self._inbox.wait(WAIT_SECONDS)
