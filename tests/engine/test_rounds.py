@@ -6,6 +6,7 @@ Ranks are threads here, each with a base of its own; `tests/worker/test_ranks.py
 from __future__ import annotations
 
 import time
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,11 +198,15 @@ def test_a_job_that_fails_fails_on_all_ranks_and_no_other_does(tiny_llama: Path,
 
 
 def test_a_rank_that_is_gone_is_noticed(tiny_llama: Path, make_examples: MakeExamples) -> None:
+    have_summed = threading.Event()
+
     def work(ranks: ThreadRanks) -> None:
         any_of(ranks, False)
         if ranks.rank == 1:
+            have_summed.wait(60)  # leaving any earlier may break the first sum
             ranks.leave()
             return
+        have_summed.set()
         with pytest.raises(ProcessLostError, match="rank 0 has lost"):
             any_of(ranks, False)
 
