@@ -5,8 +5,8 @@ Ranks are threads here, each with a base of its own; `tests/worker/test_ranks.py
 
 from __future__ import annotations
 
-import time
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
