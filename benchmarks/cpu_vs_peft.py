@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sets import SETS, render
-from side import Measured, peak_bytes, report, run_side
+from side import Measured, measure, peak_bytes, report, run_side
 
 from luthier.base.fetch import resolve
 from luthier.data.template import Renderer
@@ -49,16 +49,7 @@ def luthier_side(folder: Path, examples: list[Example], steps: int) -> Measured:
     engine = Engine(base)
     job = TrainingJob("job", base.bank.add(SPEC, SEED), examples, train_spec(steps))
     engine.add(job)
-    losses, seconds, tokens = [], [], []
-    started = time.perf_counter()
-    while engine.has_work:
-        for step in engine.step():
-            now = time.perf_counter()
-            losses.append(step.loss)
-            seconds.append(now - started)
-            tokens.append(step.num_tokens)
-            started = now
-    return Measured(losses, seconds, tokens, peak_bytes())
+    return measure(engine)
 
 
 def peft_model(folder: Path):  # type: ignore[no-untyped-def]

@@ -16,13 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from sets import render
-from side import Measured, peak_bytes, report
+from side import Measured, measure, report
 
 from luthier.base.fetch import resolve
 from luthier.base.load import load_base
@@ -49,20 +48,12 @@ def train(arguments: argparse.Namespace) -> None:
     job = TrainingJob("job", base.bank.add(AdapterSpec(rank=16, alpha=32.0), 1), examples, spec)
     size = arguments.size
     meeting = connected(arguments.rank, size, arguments.meeting, torch.device("cpu")) if size else nullcontext(ALONE)
-    losses, seconds, tokens = [], [], []
     with meeting as ranks:
         engine = Engine(base, ranks=ranks)
         engine.add(job)
-        started = time.perf_counter()
-        while engine.has_work:
-            for step in engine.step():
-                now = time.perf_counter()
-                losses.append(step.loss)
-                seconds.append(now - started)
-                tokens.append(step.num_tokens)
-                started = now
+        measured = measure(engine)
     if arguments.rank == 0:
-        report(Measured(losses, seconds, tokens, peak_bytes()))
+        report(measured)
 
 
 def run_side(arguments: argparse.Namespace, size: int) -> Measured:

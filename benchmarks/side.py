@@ -6,10 +6,14 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,20 @@ class Measured:
 def peak_bytes() -> int:
     """Most resident memory of this process so far (Linux counts it in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(engine: Engine) -> Measured:
+    """Run the engine's one job to its end, and time each of its steps."""
+    losses, seconds, tokens = [], [], []
+    started = time.perf_counter()
+    while engine.has_work:
+        for step in engine.step():
+            now = time.perf_counter()
+            losses.append(step.loss)
+            seconds.append(now - started)
+            tokens.append(step.num_tokens)
+            started = now
+    return Measured(losses, seconds, tokens, peak_bytes())
 
 
 def report(measured: Measured) -> None:

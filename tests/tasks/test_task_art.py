@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from task_checks import check_exchange
+from task_checks import check_exchange, check_missing_packages
 from tiny_templates import write_family
 
 from luthier.data.rows import RowError
 from luthier.data.template import Renderer
-from luthier.errors import RecipeError
-from luthier.extras import require_for_scoring
 from luthier.tasks.art import renderer as renderer_module
 from luthier.tasks.art.exhibit import exhibits, shared_beginning
 from luthier.tasks.art.guard import MAX_CHARACTERS, DrawingError, check_drawing
@@ -196,13 +194,7 @@ def test_rendering_is_bounded_in_time_and_goes_on_after(monkeypatch: pytest.Monk
 
 
 def test_the_missing_packages_are_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError) as caught:
-        require_for_scoring("art", TASK.needs)
-    assert "task: art is judged with defusedxml and resvg_py, which are not installed" in str(caught.value)
-    assert "pip install 'luthier[art]'" in str(caught.value)
+    check_missing_packages("art", TASK.needs, "defusedxml and resvg_py, which are not installed", monkeypatch)
 
 
 def test_the_contact_sheet_shows_three_drawings_a_row() -> None:

@@ -7,14 +7,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from task_checks import check_exchange
+from task_checks import check_exchange, check_missing_packages
 from tiny_templates import write_family
 
 from luthier.data.rows import RowError
 from luthier.data.template import Renderer
-from luthier.errors import RecipeError
 from luthier.evaluate.metrics import RowScore, evaluation
-from luthier.extras import require_for_scoring
 from luthier.tasks.exhibit import Judged
 from luthier.tasks.music.exhibit import exhibits
 from luthier.tasks.music.schema import MusicConfig
@@ -142,13 +140,7 @@ def test_references_have_scores_of_their_own() -> None:
 
 
 def test_the_missing_package_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError) as caught:
-        require_for_scoring("music", TASK.needs)
-    assert "task: music is judged with mido, which is not installed" in str(caught.value)
-    assert "pip install 'luthier[music]'" in str(caught.value)
+    check_missing_packages("music", TASK.needs, "mido, which is not installed", monkeypatch)
 
 
 def test_exhibits_are_pictures_midi_and_abc() -> None:

@@ -96,6 +96,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def judged_and_predicted(run: Path, folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """What the tuned model's replies to the held-out rows were when it was judged, and what is predicted for them."""
+    judged = [json.loads(line)["tuned"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predict_file(run, folder / "held.jsonl", folder / "out.jsonl")
+    return judged, [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def trained(base: Path, folder: Path, task: Any, rows: list[dict[str, Any]], **sections: Any) -> Path:
     train, held = write(folder / "train.jsonl", rows * 2), write(folder / "held.jsonl", rows)
     recipe = {
@@ -224,9 +231,7 @@ def test_a_tagger_of_an_exclusive_method_predicts_what_was_judged(
 ) -> None:
     task, rows, _ = TASKS["tagging"]
     run = trained(tiny_llama, tmp_path, task, rows, method=method)
-    judged = [json.loads(line)["tuned"] for line in (run / "predictions.jsonl").read_text().splitlines()]
-    predict_file(run, tmp_path / "held.jsonl", tmp_path / "out.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    judged, lines = judged_and_predicted(run, tmp_path)
     assert ["\n".join(f"{s['text']} [{s['label']}]" for s in line["spans"]) for line in lines] == judged
 
 
@@ -325,9 +330,7 @@ def test_words_of_an_exclusive_method_are_predicted_as_they_were_judged(
     """The last runs padded, with positions before the prompt that are no tokens."""
     task, rows, _ = TASKS["words"]
     run = trained(tiny_llama, tmp_path, task, rows, method=method)
-    judged = [json.loads(line)["tuned"] for line in (run / "predictions.jsonl").read_text().splitlines()]
-    predict_file(run, tmp_path / "held.jsonl", tmp_path / "out.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    judged, lines = judged_and_predicted(run, tmp_path)
     assert [line["label"] for line in lines] == judged
     scores, first = luthier.evaluate_run(run), json.loads((run / "eval.json").read_text())
     for who in ("base", "tuned"):

@@ -69,7 +69,7 @@ def prompt(
     else:
         text = _shown(question, system, shots)
         ids = renderer.with_bos(renderer.encode(text))
-    written = as_written(question, choices, renderer, system=system, shots=shots)
+    written = as_written(question, choices, renderer, system=system, shots=shots) if choices else ()
     return Prompt(np.asarray(ids, dtype=np.int32), reference, text, row, written)
 
 

@@ -110,6 +110,16 @@ class Judge:
             between=self.between,
         )
 
+    def _counting(self, what: str, total: int) -> Callable[[int], None]:
+        """Tells of the rows done, and lets the caller's other work go on."""
+
+        def on_done(done: int) -> None:
+            self.on_rows(what, done, total)
+            if self.between is not None:
+                self.between()
+
+        return on_done
+
     # -- likelihood
 
     def _likelihoods(self, slot: int, what: str, is_reference: bool) -> list[RowScore]:
@@ -118,11 +128,7 @@ class Judge:
         rows = {int(self.data.validation_records.rows[i]) for i in self.at}
         examples = examples_of_rows(self.data.validation, rows)
 
-        def on_done(done: int) -> None:
-            self.on_rows(f"{what}, loss", done, len(examples))
-            if self.between is not None:
-                self.between()
-
+        on_done = self._counting(f"{what}, loss", len(examples))
         reports = score_examples(self.base, examples, slot, on_done, self.score_tokens)
         reports = [_over_itself(report) for report in reports] if is_reference else reports
         scores = [_row_score(example, report) for example, report in zip(examples, reports, strict=True)]
@@ -176,12 +182,6 @@ class Judge:
         if not self.generated_at or not isinstance(task, WordsTask):
             return {}
         rows = [int(self._records().rows[i]) for i in self.generated_at]
-
-        def on_done(done: int) -> None:
-            self.on_rows(f"{what}, labels", done, len(rows))
-            if self.between is not None:
-                self.between()
-
         found = choose_labels(
             self.base,
             self.renderer,
@@ -189,7 +189,7 @@ class Judge:
             [self.record_of(row) for row in rows],
             slot,
             shots=self._shots(num_shots),
-            on_done=on_done,
+            on_done=self._counting(f"{what}, labels", len(rows)),
             max_tokens=self.score_tokens,
         )
         return {row: self._read(row, [given]) for row, given in zip(rows, found, strict=True)}
