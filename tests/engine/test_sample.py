@@ -35,7 +35,7 @@ def adapt(base: Base, seed: int, **fields: object) -> Slot:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for factors in slot.adapters.values():
-            factors.b_OR.normal_(0.0, 0.15, generator=generator)
+            factors.b_OR.copy_(torch.empty(factors.b_OR.shape).normal_(0.0, 0.15, generator=generator))
     return slot
 
 

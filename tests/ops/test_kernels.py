@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from luthier.ops import low_rank, norm, rotary, swiglu
+from luthier.ops.cached_attention import CachedLayer, attend_cached, attend_cached_reference
 from luthier.ops.capability import is_interpreted, kernels_problem
 from luthier.ops.low_rank import Factors, SlotFactors, Updates
 
@@ -211,3 +212,25 @@ def test_tiles_cover_every_row_once() -> None:
     for segment, (start, end) in enumerate(bounds):
         owner[start:end] = segment
     assert all((owner[start:end] == segment).all() and 0 < end - start <= 32 for segment, start, end in tiles)
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(2, 2, 96), (9, 3, 64), (4, 1, 32)])
+@pytest.mark.parametrize("window", [None, 1, 70])
+@pytest.mark.parametrize("ends", [(1,), (5, 130, 0, 64), (65, 1, 2, 200, 129, 3, 0, 66, 128)])
+def test_cached_attention(
+    dtype: torch.dtype, heads: int, key_heads: int, size: int, window: int | None, ends: Sequence[int]
+) -> None:
+    num_tokens = len(ends)
+    rows = torch.arange(num_tokens, device=DEVICE).flip(0) + 1
+    keys, values = (draw(num_tokens + 1, key_heads, 200, size, seed=i, dtype=dtype) for i in range(2))
+    together = draw(num_tokens, (heads + 2 * key_heads) * size, seed=2, dtype=dtype)  # heads stand in wider rows
+    sizes = [heads * size, key_heads * size, key_heads * size]
+    query, key, value = (part.unflatten(1, (-1, size)) for part in together.split(sizes, dim=1))
+    at = torch.tensor(ends, device=DEVICE)
+    exact_cache = CachedLayer(keys.double(), values.double(), rows, at)
+    exact = attend_cached_reference(query.double(), key.double(), value.double(), exact_cache, size**-0.5, window)
+    found = attend_cached(query, key, value, CachedLayer(keys, values, rows, at), size**-0.5, window)
+    assert_close(found, exact, dtype)
+    assert torch.equal(keys.double(), exact_cache.keys_RKLD)  # the new ones stored, and no other touched
+    assert torch.equal(values.double(), exact_cache.values_RKLD)

@@ -9,7 +9,7 @@ runs through the model's own modules, which stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,13 @@ from luthier.methods.lora.layer import A, B, LoraFactors
 from luthier.objectives.language_modelling import frozen_head_gradient
 from luthier.ops import cpu_attention
 from luthier.ops.block import Block, FrozenNorm, Keep, Projection, Run
+from luthier.ops.cached_attention import CachedLayer
 from luthier.ops.capability import is_interpreted, kernels_problem
 from luthier.ops.flat_attention import Sequences
 from luthier.ops.frozen import FrozenLayer
 from luthier.ops.low_rank import Factors, SlotFactors, Updates
 from luthier.ops.norm import rms_norm, rms_norm_backward_
+from luthier.ops.product import forward_product
 
 if TYPE_CHECKING:
     from luthier.base.load import Base
@@ -70,8 +72,14 @@ class FastBody:
         """Let the first `num_layers` blocks keep their input alone, and the others all."""
         self.keeps = ["input" if index < num_layers else "all" for index in range(len(self.blocks))]
 
-    def slots_for(self, routing: Routing) -> tuple[list[tuple[int, int]], list[SlotFactors]] | None:
-        """Rows and factors of each adapted slot, or None where a slot asks for more than the blocks compute."""
+    def slots_for(
+        self, routing: Routing, unchanged: Collection[int] = ()
+    ) -> tuple[list[tuple[int, int]], list[SlotFactors]] | None:
+        """Rows and factors of each adapted slot, or None where a slot asks for more than the blocks compute.
+
+        Args:
+            unchanged: Slots that have not trained since they were last asked for.
+        """
         bounds: list[tuple[int, int]] = []
         slots: list[SlotFactors] = []
         for segment in routing.segments:
@@ -80,7 +88,7 @@ class FastBody:
                 continue
             if not self._serves(slot, is_training=routing.training and torch.is_grad_enabled()):
                 return None
-            if slot.flat is not None and self._rounds:
+            if slot.flat is not None and self._rounds and segment.slot not in unchanged:
                 slot.flat.rounded(self.base.dtype)
             bounds.append((segment.start, segment.end))
             slots.append(self._factors_of(slot))
@@ -172,6 +180,25 @@ class FastBody:
         for index in range(len(self.blocks) - 1, -1, -1):
             grad_TD = self.blocks[index].backward(grad_TD, inputs.pop(), kepts.pop(), run, index > 0)
         return nll_T, is_correct_T
+
+    def reply(self, tokens_P: Tensor, positions_P: Tensor, run: Run, layers: Sequence[CachedLayer]) -> Tensor:
+        """Logits [P, V] after one more token of each of P sequences, whose keys and values are stored.
+
+        Only on a base whose head is plain, for slots that leave it so.
+
+        Args:
+            run: Its rotary tables and its layer are filled in here.
+            layers: Each block's keys and values; the tokens' own are added to them.
+        """
+        body = self.base.model.base_model
+        hidden_PD = body.embed_tokens(tokens_P)
+        cos_1PE, sin_1PE = body.rotary_emb(hidden_PD[None], position_ids=positions_P[None])
+        run = replace(run, cos_TE=cos_1PE[0], sin_TE=sin_1PE[0])
+        for block, layer in zip(self.blocks, layers, strict=True):
+            hidden_PD = block.forward(hidden_PD, replace(run, cached=layer))[0]
+        weight_D: Any = self._final_norm.weight
+        normal_PD, _ = rms_norm(hidden_PD, weight_D, self._final_eps)
+        return forward_product(normal_PD, self.base.head_weight_VD, self.base.head_bias_V)
 
     def _serves(self, slot: Slot, *, is_training: bool) -> bool:
         bank = self.base.bank

@@ -139,6 +139,17 @@ class RowCache:
             raise ValueError("another batch was announced")
         return step.totals
 
+    def layers(self, num_rows: int, num_positions: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [R, K, L, D] of every layer, with room for so many rows and positions.
+
+        They are the storage itself, which stays until more room is asked for, or `clear`.
+        """
+        self._reserve(num_rows, num_positions)
+        for stored in (self._keys, self._values):
+            for layer, tensor_RKLD in stored.items():
+                stored[layer] = self._fitted(tensor_RKLD)
+        return [(self._keys[layer], self._values[layer]) for layer in sorted(self._keys)]
+
     def copy(self, source: int, target: int, num_positions: int) -> None:
         """Copy the first positions of one row into another, in every layer."""
         self._reserve(max(source, target) + 1, num_positions)

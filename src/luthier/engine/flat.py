@@ -45,7 +45,8 @@ class FlatFactors:
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """The values in another dtype, as they are now, in memory that stays the same from call to call."""
         if self._rounded_Z is None:
-            self._rounded_Z = torch.empty_like(self.values_Z, dtype=dtype, requires_grad=False)
+            with torch.inference_mode(False):  # a slot that is sampled from may train afterwards
+                self._rounded_Z = torch.empty_like(self.values_Z, dtype=dtype, requires_grad=False)
         return self._rounded_Z.copy_(self.values_Z.detach())
 
     @property

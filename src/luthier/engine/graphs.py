@@ -192,9 +192,13 @@ class StepGraph:
 
 def build_step_graphs(base: Base) -> StepGraphs | None:
     """Graphs for `base`, where its body runs by kernels on a GPU."""
-    if base.fast_body is None or base.device.type != "cuda" or kernels_problem() or base.dtype != torch.bfloat16:
-        return None
-    return StepGraphs(base)
+    return StepGraphs(base) if has_graphs(base) else None
+
+
+def has_graphs(base: Base) -> bool:
+    """Whether steps on `base` can be captured."""
+    on_gpu = base.device.type == "cuda" and not kernels_problem()
+    return on_gpu and base.fast_body is not None and base.dtype == torch.bfloat16
 
 
 def _up(count: int, step: int) -> int:

@@ -152,7 +152,7 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
     classes = np.concatenate([_classes(item.example) for item in items])
     with_class = np.flatnonzero(classes != NO_CLASS)
     class_rows = rows[with_class]
-    class_segments = _segments(slots[class_rows])
+    class_segments = segments_of(slots[class_rows])
 
     def put(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -168,12 +168,12 @@ def pack(items: Sequence[PackItem], device: torch.device | str = "cpu") -> Packe
         lengths=tuple(lengths),
         slots=tuple(int(slot) for slot in slots),
         draws=tuple(item.draw for item in items for _ in item.example.lengths),
-        segments=_segments(slots[rows]),
+        segments=segments_of(slots[rows]),
         target_at_P=put(supervised - 1),
         target_token_P=put(tokens[supervised]),
         target_weight_P=put(np.where(side_P == NO_SIDE, weights[supervised], np.float32(0))),
         target_rows_P=put(rows[supervised]),
-        target_segments=_segments(slots[rows[supervised]]),
+        target_segments=segments_of(slots[rows[supervised]]),
         class_at_C=put(with_class),
         class_index_C=put(classes[with_class].astype(np.int64)),
         class_rows_C=put(class_rows),
@@ -214,7 +214,7 @@ def _pairs(
         smoothing_M=put(smoothing),
         reference_M=put(reference),
         chosen_rows=tuple(row for _, row in found),
-        segments=_segments(np.array([item.slot for item, _ in found])),
+        segments=segments_of(np.array([item.slot for item, _ in found])),
     )
     return packed, side_P
 
@@ -234,7 +234,9 @@ def _flags(examples: Sequence[Example]) -> np.ndarray | None:
     return np.stack(flags).astype(np.float32) if flags else None
 
 
-def _segments(slots: np.ndarray) -> tuple[Segment, ...]:
+def segments_of(slots: np.ndarray | Sequence[int]) -> tuple[Segment, ...]:
+    """The runs of equal slots among `slots`, each from its first place to the place after its last."""
+    slots = np.asarray(slots)
     if slots.size == 0:
         return ()
     starts = np.flatnonzero(np.concatenate([[True], slots[1:] != slots[:-1]]))

@@ -53,6 +53,10 @@ class Reply:
     def num_tokens(self) -> int:
         return self.num_prompt + len(self.generated)
 
+    @property
+    def last_token(self) -> int:
+        return self.generated[-1] if self.generated else int(self.request.tokens[-1])
+
     def tokens(self, start: int, end: int) -> NDArray[np.int32]:
         """Tokens [start, end) of prompt and reply."""
         if start >= self.num_prompt:

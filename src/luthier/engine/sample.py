@@ -21,7 +21,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -30,7 +29,8 @@ from torch import Tensor
 from luthier.base.load import Base
 from luthier.engine.cache import RowCache
 from luthier.engine.choose import Choice, choose
-from luthier.engine.pack import BASE_SLOT, PackedBatch, PackItem, Segment, pack
+from luthier.engine.pack import BASE_SLOT, PackedBatch, PackItem, pack, segments_of
+from luthier.engine.reply_graphs import build_reply_graphs
 from luthier.engine.reply_text import Decode, ReplyText
 from luthier.engine.request import (
     Completion,
@@ -65,6 +65,11 @@ class _Feed:
     def wants_token(self) -> bool:
         return self.end == self.reply.num_tokens
 
+    @property
+    def is_next_token(self) -> bool:
+        """Whether it is the sequence's last token, and all before it are stored."""
+        return 0 < self.start == self.end - 1 and self.wants_token
+
 
 class Sampler:
     """Answers requests on `base`.
@@ -97,6 +102,7 @@ class Sampler:
         self.max_prefill_tokens = max_prefill_tokens
         self.remembers = remembers
         self._rows = Rows(RowCache(), lends=base.is_packed)
+        self._graphs = build_reply_graphs(base, self._rows.cache)
         self._waiting: Waiting[Request] = Waiting()
         self._active: dict[str, Reply] = {}  # in the order of admission
         self._cancelled: list[TokenEvent] = []
@@ -189,7 +195,9 @@ class Sampler:
         if feeds:
             # pack() sorts by slot and keeps the order within one; the feeds stay in step with it, and with the rows.
             feeds.sort(key=lambda feed: (feed.reply.request.slot, feed.reply.row))
-            logits_PV = self._forward(feeds)
+            logits_PV = self._replay(feeds)
+            if logits_PV is None:
+                logits_PV = self._forward(feeds)
             ready = [feed.reply for feed in feeds if feed.wants_token]
             if logits_PV is not None:
                 logits_PV = _constrained(logits_PV, ready)
@@ -197,6 +205,8 @@ class Sampler:
                 events += [self._take(reply, choice) for reply, choice in zip(ready, choices, strict=True)]
         if not self.has_work and not self.remembers:
             self._rows.clear()
+            if self._graphs is not None:
+                self._graphs.clear()
         return events
 
     def _admit(self) -> None:
@@ -208,6 +218,8 @@ class Sampler:
             is_long = limit is not None and len(request.tokens) > limit
             reply = Reply(request, self._text(request), is_long)
             self._rows.place(reply)
+            if self._graphs is not None and not num_held[request.slot]:
+                self._graphs.renew(request.slot)
             self._active[request.name] = reply
             num_held[request.slot] += 1
 
@@ -239,13 +251,28 @@ class Sampler:
             feeds.append(_Feed(reply, 0, reply.num_tokens))
         return feeds
 
+    def _replay(self, feeds: Sequence[_Feed]) -> Tensor | None:
+        """Logits [P, V] by a captured step, where every feed is one token; None where there is none for it."""
+        if self._graphs is None or not all(feed.is_next_token for feed in feeds):
+            return None
+        logits_PV = self._graphs.run(
+            [feed.reply.request.slot for feed in feeds],
+            [feed.reply.last_token for feed in feeds],
+            [feed.reply.row for feed in feeds],
+            [feed.end for feed in feeds],
+        )
+        if logits_PV is not None:
+            for feed in feeds:
+                feed.reply.fed_at, feed.reply.num_cached = self._num_steps, feed.end
+        return logits_PV
+
     def _forward(self, feeds: Sequence[_Feed]) -> Tensor | None:
         """Logits [P, V] of the P feeds that want a token, in their order; None where none does."""
         base = self.base
         batch = self._batch(feeds)
         wanted = [index for index, feed in enumerate(feeds) if feed.wants_token]
         at_P = torch.from_numpy((np.cumsum(batch.lengths) - 1)[wanted]).to(base.device)
-        segments = _segments([feeds[index].reply.request.slot for index in wanted])
+        segments = segments_of([feeds[index].reply.request.slot for index in wanted])
         cache = self._rows.cache if base.is_packed else None
         if cache is not None:
             # A prompt that comes in parts has its whole length's LongRoPE class from the first part on.
@@ -355,13 +382,3 @@ def _constrained(logits_PV: Tensor, replies: Sequence[Reply]) -> Tensor:
         logits_PV[row, : len(allowed_V)].masked_fill_(~allowed_V, float("-inf"))
         logits_PV[row, len(allowed_V) :] = float("-inf")
     return logits_PV
-
-
-def _segments(slots: Sequence[int]) -> tuple[Segment, ...]:
-    segments: list[Segment] = []
-    start = 0
-    for slot, members in groupby(slots):
-        end = start + len(list(members))
-        segments.append(Segment(slot, start, end))
-        start = end
-    return tuple(segments)

@@ -44,6 +44,12 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 @cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; under the interpreter some number, so that kernels cut their work as on a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@cache
 def fp8_problem() -> str:
     """Why products in fp8 (e4m3, a scale a row) cannot run here, or an empty string."""
     if kernels_problem():

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.ops.capability import is_interpreted, kernels_problem
+from luthier.ops.capability import is_interpreted, kernels_problem, num_processors
 
 KERNEL_DTYPES = {torch.float32, torch.bfloat16}
 
@@ -105,12 +104,6 @@ class Updates:
 
     def acts_on(self, layer: int) -> bool:
         return bool(self.max_ranks) and self.max_ranks[layer] > 0
-
-    @cached_property
-    def num_processors(self) -> int:
-        if self.device.type != "cuda":
-            return 8
-        return torch.cuda.get_device_properties(self.device).multi_processor_count
 
 
 class StaticUpdates(Updates):
@@ -270,7 +263,7 @@ def _shrink_kernel(wide_TC: Tensor, layer: int, updates: Updates, *, of_b: bool)
     return kernels.shrink(
         wide_TC, updates.tiles_M3, updates.tile_rows, updates.table_LS4, updates.ranks_LS, updates.scales_LS,
         layer * updates.num_slots, updates.max_ranks[layer], kernels.B if of_b else kernels.A, of_b,
-        updates.num_processors,
+        num_processors(updates.device),
     )  # fmt: skip
 
 
@@ -293,5 +286,5 @@ def _outer_kernel(wide_TC: Tensor, low_TR: Tensor, layer: int, updates: Updates,
 
     kernels.outer_(
         wide_TC, low_TR, updates.bounds_S2, updates.table_LS4, updates.ranks_LS, updates.scales_LS,
-        layer * updates.num_slots, kernels.GRAD_B if of_b else kernels.GRAD_A, of_b, updates.num_processors,
+        layer * updates.num_slots, kernels.GRAD_B if of_b else kernels.GRAD_A, of_b, num_processors(updates.device),
     )  # fmt: skip
