@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.test_sample import adapt, decode, greedy, greedy_by_hand, prompt
 from tiny_models import write_tiny_phi3
 
+from engine.test_sample import adapt, decode, greedy, greedy_by_hand, prompt
 from luthier.base.load import Base, load_base
 from luthier.engine import reply_graphs
 from luthier.engine.pack import BASE_SLOT

@@ -47,4 +47,3 @@ def test_captured_replies_have_the_plain_paths_logprobs(
         assert other.logprobs is not None
         found, expected = ([p.logprob for p in reply.logprobs[:same]] for reply in (one, other))
         np.testing.assert_allclose(found, expected, atol=0.06)
-

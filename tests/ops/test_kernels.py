@@ -64,6 +64,16 @@ def test_rms_norm(dtype: torch.dtype, rows: int, columns: int, adds: bool) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 2), (5, 3, 96), (7, 40, 64)])
+def test_heads_are_copied_into_wider_rows(dtype: torch.dtype, tokens: int, heads: int, size: int) -> None:
+    source, wide = draw(tokens, heads, size, dtype=dtype), draw(tokens, heads + 2, size, seed=1, dtype=dtype)
+    expected = wide.clone()
+    expected[:, 1:-1] = source
+    rotary.copy_heads_(source, wide[:, 1:-1])
+    assert torch.equal(wide, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "heads", "size", "rotated"), [(1, 1, 2, 2), (5, 3, 96, 96), (7, 40, 64, 64), (4, 6, 128, 96)]
 )

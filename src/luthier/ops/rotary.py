@@ -29,6 +29,16 @@ def rotate_(source_THD: Tensor, target_THD: Tensor, cos_TE: Tensor, sin_TE: Tens
         rotate_reference_(source_THD, target_THD, cos_TE, sin_TE, back=back)
 
 
+def copy_heads_(source_THD: Tensor, target_THD: Tensor) -> None:
+    """Write heads that are not rotated to `target_THD`; strides as in `rotate_`."""
+    if runs_kernels(source_THD):
+        from luthier.ops.kernels import rotary
+
+        rotary.copy(source_THD, target_THD)
+    else:
+        target_THD.copy_(source_THD)
+
+
 def rotate_reference_(
     source_THD: Tensor, target_THD: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, back: bool = False
 ) -> None:

@@ -40,11 +40,31 @@ def _rotate(
         )
 
 
+@triton.jit
+def _copy(source, target, source_stride, target_stride, num_columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        values = tl.load(source + row * source_stride + columns, mask=columns < num_columns)
+        tl.store(target + row * target_stride + columns, values, mask=columns < num_columns)
+
+
+def copy(source_THD: Tensor, target_THD: Tensor) -> None:
+    num_tokens, num_heads, size = source_THD.shape
+    _check_heads(source_THD, target_THD)
+    strides = source_THD.stride(0), target_THD.stride(0)
+    _copy[(num_tokens,)](source_THD, target_THD, *strides, num_heads * size, BLOCK=1024, num_warps=4)
+
+
+def _check_heads(*parts: Tensor) -> None:
+    for heads in parts:
+        if heads.stride()[1:] != (heads.shape[-1], 1):
+            raise ValueError(f"the heads of a token must stand next to one another, not at strides {heads.stride()}")
+
+
 def rotate(source_THD: Tensor, target_THD: Tensor, cos_TE: Tensor, sin_TE: Tensor, sign: float) -> None:
     num_tokens, num_heads, size = source_THD.shape
-    for heads in (source_THD, target_THD):
-        if heads.stride()[1:] != (size, 1):
-            raise ValueError(f"the heads of a token must stand next to one another, not at strides {heads.stride()}")
+    _check_heads(source_THD, target_THD)
     half = cos_TE.shape[-1] // 2
     copies = source_THD.data_ptr() != target_THD.data_ptr() and size > 2 * half
     block = triton.next_power_of_2(half)
