@@ -34,6 +34,7 @@ from luthier.ops.product import forward_product
 if TYPE_CHECKING:
     from luthier.base.load import Base
     from luthier.engine.bank import Routing
+    from luthier.engine.cache import RowCache
 
 LAYERS = {
     "LlamaDecoderLayer": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
@@ -101,18 +102,20 @@ class FastBody:
         slots: Sequence[SlotFactors] = (),
         *,
         only_scored: bool = False,
+        cache: RowCache | None = None,
     ) -> Tensor:
         """Hidden states [T, D] after the last norm.
 
         Args:
             bounds, slots: As `slots_for` gives them.
+            cache: Where the sequences' keys and values are stored, the forward announced to it; there is no gradient.
             only_scored: Rows that neither a target nor a class reads may hold anything.
         """
         body = self.base.model.base_model
         hidden_1TD = body.embed_tokens(batch.tokens_T[None])
         cos_1TE, sin_1TE = body.rotary_emb(hidden_1TD, position_ids=batch.positions_T[None])
         hidden_TD, cos_TE, sin_TE = hidden_1TD[0], cos_1TE[0], sin_1TE[0]
-        live = self._live_rows(batch, only_scored)
+        live = self._live_rows(batch, only_scored) if cache is None else None
         if live is None:
             is_even = len(set(batch.lengths)) == 1
             sequences = Sequences(batch.lengths, batch.offsets_N1, batch.max_length, is_even)
@@ -122,8 +125,9 @@ class FastBody:
             sequences = Sequences(live.lengths, batch.offsets_N1, max(live.lengths), members=live.members)
         updates = Updates(bounds, slots, hidden_TD.shape[0], self.base.device)
         run = Run(updates, sequences, cos_TE, sin_TE)
-        for block, keep in zip(self.blocks, self.keeps, strict=True):
-            hidden_TD = block(hidden_TD, self._anchor, run, keep)
+        for index, (block, keep) in enumerate(zip(self.blocks, self.keeps, strict=True)):
+            stored = cache.layer(index) if cache is not None else None
+            hidden_TD = block(hidden_TD, self._anchor, replace(run, stored=stored), keep)
         weight_D: Any = self._final_norm.weight
         normal_TD: Tensor = FrozenNorm.apply(hidden_TD, weight_D, self._final_eps)  # type: ignore[no-untyped-call]
         return normal_TD if live is None else normal_TD.index_select(0, live.row_of_T)
@@ -195,7 +199,7 @@ class FastBody:
         cos_1PE, sin_1PE = body.rotary_emb(hidden_PD[None], position_ids=positions_P[None])
         run = replace(run, cos_TE=cos_1PE[0], sin_TE=sin_1PE[0])
         for block, layer in zip(self.blocks, layers, strict=True):
-            hidden_PD = block.forward(hidden_PD, replace(run, cached=layer))[0]
+            hidden_PD = block.forward(hidden_PD, replace(run, stored=layer))[0]
         weight_D: Any = self._final_norm.weight
         normal_PD, _ = rms_norm(hidden_PD, weight_D, self._final_eps)
         return forward_product(normal_PD, self.base.head_weight_VD, self.base.head_bias_V)

@@ -186,10 +186,10 @@ class Base:
         """
         self.classify_rotary(batch, cache)
         wants_logits = keep is not None and not self.head_is_plain
-        if self.fast_body is not None and self.is_packed and cache is None and not wants_logits:
+        if self.fast_body is not None and self.is_packed and not wants_logits and self._body_takes(cache):
             found = self.fast_body.slots_for(self.bank.routing)
             if found is not None:
-                return Forward(self.fast_body.forward(batch, *found, only_scored=only_scored), None)
+                return Forward(self.fast_body.forward(batch, *found, only_scored=only_scored, cache=cache), None)
         inputs = self._packed_inputs(batch, cache) if self.is_packed else self._padded_inputs(batch)
         at_T = None if self.is_packed else self._padded_index(batch)
         # Not restored afterwards: a backward that recomputes blocks must meet the same attention.
@@ -199,6 +199,10 @@ class Base:
             return self._forward_with_head(inputs, keep, at_T, batch)
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return Forward(self._flat(hidden, at_T), None)
+
+    def _body_takes(self, cache: Any) -> bool:
+        """Whether the fast body runs forwards over this cache."""
+        return cache is None or self.device.type == "cuda"
 
     def shares_rows(self, slot: int, longest: int) -> bool:
         """Whether a forward computes once what sequences of the slot, up to so many tokens, have in common at first."""

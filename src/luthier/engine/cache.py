@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.base.attention import window_mask
 from luthier.engine.pack import PackedBatch
+from luthier.ops import flat_attention
+from luthier.ops.flat_attention import Sequences
 
 _POSITIONS_STEP = 64
 
@@ -42,13 +45,24 @@ class _Span:
         return self.start + self.length
 
 
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """Sequences from their beginning on: how they are cut, and flat index, row and position of each of their tokens."""
+
+    sequences: Sequences
+    at_T: Tensor
+    rows_T: Tensor
+    positions_T: Tensor
+
+
 @dataclass(slots=True)
 class _Step:
     """What one forward does, worked out once for all its layers.
 
     Attributes:
         totals: Length of each sequence as LongRoPE counts it.
-        spans: Sequences with several new tokens.
+        spans: Sequences with several new tokens, but for those of `fresh`.
+        fresh: Sequences of several tokens from their beginning on, where one kernel takes them all.
         at_n, rows_n, positions_n: Flat index, row and position of every token that comes alone.
         query_at: For each row, the flat index of its query; any for a row that has none.
         visible: How many positions each row's query may see before a window; 1 for a row that has no query.
@@ -64,6 +78,7 @@ class _Step:
     query_at: Tensor
     visible: list[int]
     is_in_order: bool
+    fresh: _Fresh | None = None
     masks: dict[object, Tensor | None] = field(default_factory=dict)
 
 
@@ -78,6 +93,7 @@ class RowCache:
         self._values: dict[int, Tensor] = {}
         self._num_rows = 0
         self._num_positions = 0
+        self._generation = 0
         self._step: _Step | None = None
 
     @property
@@ -90,6 +106,7 @@ class RowCache:
         self._keys.clear()
         self._values.clear()
         self._num_rows = self._num_positions = 0
+        self._generation += 1
         self._step = None
 
     def begin(
@@ -108,11 +125,15 @@ class RowCache:
             raise ValueError("every sequence of a forward needs a row of its own")
         ends = [start + length for start, length in zip(starts, batch.lengths, strict=True)]
         self._reserve(max(rows) + 1, max(ends))
-        spans, at, alone, first = [], [], [], 0
+        # On a GPU a kernel a sequence would take longer to launch than to run.
+        takes_fresh = batch.tokens_T.device.type == "cuda"
+        spans, at, alone, fresh, first = [], [], [], [], 0
         for index, length in enumerate(batch.lengths):
             if length == 1:
                 at.append(first)
                 alone.append(index)
+            elif takes_fresh and starts[index] == 0:
+                fresh.append(_Span(rows[index], 0, first, first + length))
             else:
                 spans.append(_Span(rows[index], starts[index], first, first + length))
             first += length
@@ -130,6 +151,7 @@ class RowCache:
             query_at=torch.tensor(query_at, dtype=torch.int64, device=device),
             visible=visible,
             is_in_order=len(visible) == first and query_at == list(range(first)),
+            fresh=_fresh(fresh, device) if fresh else None,
         )
 
     def lengths_after(self, batch: PackedBatch) -> list[int]:
@@ -139,16 +161,21 @@ class RowCache:
             raise ValueError("another batch was announced")
         return step.totals
 
-    def layers(self, num_rows: int, num_positions: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [R, K, L, D] of every layer, with room for so many rows and positions.
-
-        They are the storage itself, which stays until more room is asked for, or `clear`.
-        """
+    def reserve(self, num_rows: int, num_positions: int) -> int:
+        """See to room for so many rows and positions; a number that is another whenever the storage has become one."""
         self._reserve(num_rows, num_positions)
+        return self._generation
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [R, K, L, D] of every layer: the storage itself, until it grows or is given back."""
         for stored in (self._keys, self._values):
             for layer, tensor_RKLD in stored.items():
                 stored[layer] = self._fitted(tensor_RKLD)
         return [(self._keys[layer], self._values[layer]) for layer in sorted(self._keys)]
+
+    def layer(self, index: int) -> RowLayer:
+        """One layer of the announced forward, as a decoder block attends through it."""
+        return RowLayer(self, index)
 
     def copy(self, source: int, target: int, num_positions: int) -> None:
         """Copy the first positions of one row into another, in every layer."""
@@ -185,6 +212,12 @@ class RowCache:
             query_RHD = query_THD.index_select(0, step.query_at)
             out_RHD = self._attend_alone(query_RHD, keys_RKLD, values_RKLD, scale, window)
             out_THD[step.at_n] = out_RHD.index_select(0, step.rows_n)
+        if step.fresh is not None:
+            fresh = step.fresh
+            query, key, value = (x_THD.index_select(0, fresh.at_T) for x_THD in (query_THD, key_TKD, value_TKD))
+            keys_RKLD[fresh.rows_T, :, fresh.positions_T] = key
+            values_RKLD[fresh.rows_T, :, fresh.positions_T] = value
+            out_THD[fresh.at_T] = flat_attention.attend(query, key, value, fresh.sequences, scale, window)[0]
         for span in step.spans:
             new = slice(span.first, span.end)
             keys_RKLD[span.row, :, span.start : span.total] = key_1KTD[0, :, new]
@@ -268,9 +301,11 @@ class RowCache:
         """Note what the layers must hold; each grows when it is next touched. Growth is by half, to copy seldom."""
         if num_rows > self._num_rows:
             self._num_rows = max(num_rows, self._num_rows * 2)
+            self._generation += 1
         if num_positions > self._num_positions:
             wanted = max(num_positions, self._num_positions * 3 // 2)
             self._num_positions = -(-wanted // _POSITIONS_STEP) * _POSITIONS_STEP
+            self._generation += 1
 
     def _stored(self, store: dict[int, Tensor], layer: int, new_1KTD: Tensor) -> Tensor:
         if layer not in store:
@@ -291,3 +326,28 @@ class RowCache:
 
 def _additive(seen: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayer:
+    """A layer of the forward that was announced to `cache`, over packed tokens."""
+
+    cache: RowCache
+    layer: int
+
+    def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float, window: int | None) -> Tensor:
+        """As `RowCache.attend`; returns [T, H, D]."""
+        query, key, value = (part.transpose(0, 1)[None] for part in (query_THD, key_TKD, value_TKD))
+        return self.cache.attend(self.layer, query, key, value, scale, window)[0].transpose(0, 1)
+
+
+def _fresh(spans: Sequence[_Span], device: torch.device) -> _Fresh:
+    lengths = np.array([span.length for span in spans])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    firsts, rows = (np.repeat([getattr(span, name) for span in spans], lengths) for name in ("first", "row"))
+    is_even = len(set(lengths.tolist())) == 1
+    bounds = torch.from_numpy(offsets.astype(np.int32)).to(device)
+    sequences = Sequences(tuple(lengths.tolist()), bounds, int(lengths.max()), is_even)
+    at, row, position = (torch.from_numpy(part).to(device) for part in (firsts + positions, rows, positions))
+    return _Fresh(sequences, at, row, position)

@@ -75,8 +75,9 @@ class ReplyGraphs:
         self._uses: dict[Bucket, int] = {}
         self._pool: Any = None
         self._stored: list[tuple[Tensor, Tensor]] = []
+        self._generation = -1
         self._unchanged: set[int] = set()
-        self._last: tuple[tuple[int, ...], Adapted] | None = None
+        self._last: tuple[tuple[int, ...], Adapted, Bucket] | None = None
 
     def run(
         self, slots: Sequence[int], tokens: Sequence[int], rows: Sequence[int], ends: Sequence[int]
@@ -88,18 +89,18 @@ class ReplyGraphs:
             rows: Their rows of the cache.
             ends: Positions of each one's sequence with the token itself; all the others are stored.
         """
-        adapted = self._adapted(tuple(slots))
-        if adapted is None:
+        found = self._adapted(tuple(slots))
+        if found is None:
             return None
-        bucket = bucket_of(len(slots), adapted[1])
+        adapted, bucket = found
         self._uses[bucket] = self._uses.get(bucket, 0) + 1
         if self._uses[bucket] < MIN_USES:
             return None
-        self._hold(self.cache.layers(max(rows) + 1, max(ends)))
+        self._hold(max(rows) + 1, max(ends))
         if bucket not in self._graphs:
-            while len(self._graphs) >= MAX_GRAPHS:
-                self._graphs.popitem(last=False)
             self._graphs[bucket] = self._captured(bucket)
+            while len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
         self._graphs.move_to_end(bucket)
         return self._graphs[bucket].run(tokens, rows, ends, adapted)
 
@@ -110,13 +111,12 @@ class ReplyGraphs:
 
     def clear(self) -> None:
         """Give the graphs' memory back, and the cache's."""
-        self._graphs.clear()
-        self._stored = []
-        self._pool = None
+        self._drop_graphs()
+        self._stored, self._generation = [], -1
 
-    def _adapted(self, slots: tuple[int, ...]) -> Adapted | None:
+    def _adapted(self, slots: tuple[int, ...]) -> tuple[Adapted, Bucket] | None:
         if self._last is not None and self._last[0] == slots:
-            return self._last[1]
+            return self._last[1:]
         base, segments = self.base, segments_of(slots)
         if base.fast_body is None or not base.bank.head_is_plain_for(segments):
             return None
@@ -124,20 +124,22 @@ class ReplyGraphs:
         if any(slot is not None and (slot.saved_modules or slot.token_rows or slot.head) for slot in held):
             return None
         adapted = base.fast_body.slots_for(Routing(segments), unchanged=self._unchanged)
-        if adapted is not None:
-            self._unchanged |= set(slots)
-            self._last = slots, adapted
-        return adapted
+        if adapted is None:
+            return None
+        self._unchanged |= set(slots)
+        self._last = slots, adapted, bucket_of(len(slots), adapted[1])
+        return self._last[1:]
 
-    def _hold(self, stored: list[tuple[Tensor, Tensor]]) -> None:
-        is_same = len(stored) == len(self._stored) and all(
-            one is other
-            for pair, held in zip(stored, self._stored, strict=True)
-            for one, other in zip(pair, held, strict=True)
-        )
-        if not is_same:
-            self._graphs.clear()
-            self._stored = stored
+    def _hold(self, num_rows: int, num_positions: int) -> None:
+        """See to room in the cache; where its storage has become another, what was captured over it goes."""
+        generation = self.cache.reserve(num_rows, num_positions)
+        if generation != self._generation:
+            self._drop_graphs()
+            self._stored, self._generation = self.cache.layers(), generation
+
+    def _drop_graphs(self) -> None:
+        self._graphs.clear()
+        self._pool = None  # a pool ends with the last graph that was captured into it
 
     def _captured(self, bucket: Bucket) -> ReplyGraph:
         assert self.base.fast_body is not None

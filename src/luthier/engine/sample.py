@@ -103,6 +103,7 @@ class Sampler:
         self.remembers = remembers
         self._rows = Rows(RowCache(), lends=base.is_packed)
         self._graphs = build_reply_graphs(base, self._rows.cache)
+        self._max_positions = base.max_positions
         self._waiting: Waiting[Request] = Waiting()
         self._active: dict[str, Reply] = {}  # in the order of admission
         self._cancelled: list[TokenEvent] = []
@@ -310,7 +311,7 @@ class Sampler:
 
     def _take(self, reply: Reply, choice: Choice) -> TokenEvent:
         """Add the chosen token to the reply, and see whether that ends it."""
-        params, most = reply.request.params, self.base.max_positions
+        params, most = reply.request.params, self._max_positions
         if not choice.is_finite:
             problem = "the model's logits are not finite: the adapter has diverged, or the base is damaged"
             return self._finish(reply, None, "", None, "cancelled", problem)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from luthier.ops.cached_attention import CachedLayer, attend_cached
+from luthier.ops.cached_attention import StoredLayer
 from luthier.ops.flat_attention import Sequences, attend, attend_backward
 from luthier.ops.frozen import FrozenLayer
 from luthier.ops.low_rank import Updates, down, down_backward, up_, up_backward_
@@ -48,14 +48,14 @@ class Run:
         updates: The slots' low-rank updates.
         sequences: Bounds of the packed sequences.
         cos_TE, sin_TE: Rotary tables of each token.
-        cached: Where each token comes alone, what its sequence has stored in this layer; then there is no backward.
+        stored: What the sequences have stored in this layer, where they go on from there; then there is no backward.
     """
 
     updates: Updates
     sequences: Sequences
     cos_TE: Tensor
     sin_TE: Tensor
-    cached: CachedLayer | None = None
+    stored: StoredLayer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +108,10 @@ class Block:
         else:
             for part in (query, key):
                 rotate_(part, part, run.cos_TE, run.sin_TE)
-        if run.cached is None:
+        if run.stored is None:
             out_THE, kept["attention"] = attend(query, key, value, run.sequences, self.scale, self.window)
         else:
-            out_THE = attend_cached(query, key, value, run.cached, self.scale, self.window)
+            out_THE = run.stored.attend(query, key, value, self.scale, self.window)
         kept["out"] = out_THE
         (kept["middle"],), (kept["low_out"],) = _project(out_THE.flatten(1), (self.out,), run, residual=hidden_TD)
         self._feed_in(kept, run)

@@ -6,6 +6,7 @@ Shapes: P tokens, H query heads, K key heads (K divides H), R rows of the cache,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,16 @@ from torch import Tensor
 from luthier.ops.capability import num_processors, runs_kernels
 
 
+class StoredLayer(Protocol):
+    """One layer of what sequences have stored, for a forward whose tokens go on from there."""
+
+    def attend(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float, window: int | None) -> Tensor:
+        """Store the tokens' keys and values, and attend over all that their sequences have stored; [T, H, D]."""
+
+
 @dataclass(frozen=True, slots=True)
 class CachedLayer:
-    """One layer's keys and values, and where the tokens of a forward belong in them.
+    """A `StoredLayer` for tokens that come alone, each to a row of its own.
 
     Attributes:
         keys_RKLD, values_RKLD: What is stored.
@@ -28,6 +36,9 @@ class CachedLayer:
     values_RKLD: Tensor
     rows_P: Tensor
     ends_P: Tensor
+
+    def attend(self, query_PHD: Tensor, key_PKD: Tensor, value_PKD: Tensor, scale: float, window: int | None) -> Tensor:
+        return attend_cached(query_PHD, key_PKD, value_PKD, self, scale, window)
 
 
 def attend_cached(
