@@ -88,7 +88,8 @@ def _lookup(task: Task, train: Sequence[Any], test: Sequence[Any]) -> float:
         words = [record.text[a:b] for a, b in record.words]
         tags, at = ["O"] * len(words), 0
         while at < len(words):
-            size = next((n for n in range(longest, 0, -1) if tuple(words[at : at + n]) in known), 0)
+            most = min(longest, len(words) - at)
+            size = next((n for n in range(most, 0, -1) if tuple(words[at : at + n]) in known), 0)
             if size:
                 label = known[tuple(words[at : at + size])].most_common(1)[0][0]
                 tags[at : at + size] = [f"B-{label}", *[f"I-{label}"] * (size - 1)]

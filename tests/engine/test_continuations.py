@@ -23,7 +23,11 @@ from luthier.types import AdapterSpec
 LABELS = ((20, 3), (20, 21, 3), (20, 21, 22, 23, 3), (20, 21, 22, 24, 3), (30, 31, 3), (40,), (3,))
 """With one that begins another, some that begin alike, and two of a single token."""
 
-WAYS = {"cached": {"dtype": "float64"}, "shared": {"dtype": "float64", "wants_fast_body": True}}
+WAYS = {
+    "cached": {"dtype": "float64"},
+    "repeated": {"dtype": "float64"},
+    "shared": {"dtype": "float64", "wants_fast_body": True},
+}
 
 
 def asked_of(*lengths: int) -> list[Asked]:
@@ -51,7 +55,9 @@ def check(found: list[Any], wanted: list[list[float]], tolerance: float = 1e-6) 
 
 
 @pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> dict[str, Any]:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    if request.param == "repeated":  # as on a GPU: prompts up to so many tokens run again with each branch
+        monkeypatch.setattr(continuations, "REPEATED_TOKENS", {"cpu": 25})
     return WAYS[request.param]
 
 

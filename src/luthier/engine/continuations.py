@@ -7,7 +7,8 @@ computed once. So a text costs its prompt and at most the sum of its continuatio
 
 - On a CPU the body by blocks computes rows that sequences have in common once (`live_rows`); the branches of the tree
   go through it as sequences of one batch, those of several prompts together.
-- Elsewhere the prompt goes through a key-value cache, whose row is copied for each branch.
+- Elsewhere the prompt goes through a key-value cache, whose row is copied for each branch; on a GPU only a long one,
+  for there a branch behind a cache costs its launches, and computing a short prompt again costs less.
 
 A base that runs padded has neither: each branch is run as a whole, which is right and slow.
 
@@ -40,6 +41,11 @@ LAID_OUT = 8
 
 MAX_ROWS = 64
 """Branches that go on from a cached prompt in one forward."""
+
+REPEATED_TOKENS = {"cuda": 256}
+"""By the device's type, so many tokens of a prompt are computed again for each branch rather than cached; elsewhere 0.
+A branch behind a cache attends by itself: some hundred launches over all layers, about as long as so many more rows of
+a large product."""
 
 Path = tuple[int, ...]
 """The tokens of a continuation up to a node; empty at the prompt's last token."""
@@ -106,7 +112,7 @@ def score_continuations(
     scores = [np.zeros(len(one.continuations)) for one in asked]
     longest = max((len(one.tokens) + max(map(len, one.continuations)) for one in asked), default=0)
     shares = base.shares_rows(slot, longest)
-    by_cache = base.is_packed and not shares
+    repeated = REPEATED_TOKENS.get(base.device.type, 0)
     room = max_tokens * LAID_OUT if shares else max_tokens
     # Prompts of like length stand together: a base that pads wastes least.
     order = sorted(range(len(asked)), key=lambda index: len(asked[index].tokens))
@@ -114,11 +120,14 @@ def score_continuations(
     limit = base.longrope_limit
     trees = (tree for index in order for tree in _trees(asked[index], index, room, limit))
     for group in _groups(trees, max_tokens, room):
-        if by_cache:
-            for tree in group:
+        whole = []
+        for tree in group:
+            if base.is_packed and not shares and len(tree.prompt) > repeated:
                 _score_by_cache(base, tree, slot, scores)
-        else:
-            _score_together(base, group, slot, scores)
+            else:
+                whole.append(tree)
+        if whole:
+            _score_together(base, whole, slot, scores)
         on_done(place[group[-1].index] + 1)
     return scores
 
