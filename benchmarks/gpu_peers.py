@@ -181,9 +181,9 @@ def _unsloth_mix(model: Any, tokenizer: Any, lengths: Path | None) -> Result:
             stamps.append(time.perf_counter())
 
     config = SFTConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, max_steps=24, packing=True,
-        max_length=MIX_LONGEST, learning_rate=1e-4, lr_scheduler_type="constant", optim="adamw_torch_fused", bf16=True,
-        logging_steps=1000, report_to="none", save_strategy="no",
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, gradient_accumulation_steps=1,
+        max_steps=24, packing=True, max_length=MIX_LONGEST, learning_rate=1e-4, lr_scheduler_type="constant",
+        optim="adamw_torch_fused", bf16=True, logging_steps=1000, report_to="none", save_strategy="no",
     )  # fmt: skip
     dataset = Dataset.from_dict({"input_ids": rows})
     trainer = SFTTrainer(

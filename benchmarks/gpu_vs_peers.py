@@ -21,8 +21,8 @@ from typing import Any
 from gpu_cases import CASES, Result
 
 SIDES = ("luthier", "peft", "liger", "unsloth")
-IN_TURN = {"16-jobs-4x256": "4x256", "64-jobs-1x256": "1x256", "8x2048-fp8": "8x2048"}
-"""Cases that peers do not have, and what they do in their place: the jobs one after another, the base in bfloat16."""
+STANDS_FOR = {"8x2048-fp8": "8x2048"}
+"""A case that peers do not have, and theirs that it is compared with. Jobs that Luthier joins they run in turn."""
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def table(kept: dict[str, Any]) -> str:
 
 def _rivals(results: list[Result], case: str) -> list[Result]:
     """What the peers reached on the case, or on what stands in its place."""
-    return [row for row in results if row.side != "luthier" and row.case == IN_TURN.get(case, case)]
+    return [row for row in results if row.side != "luthier" and row.case == STANDS_FOR.get(case, case)]
 
 
 def plot(kept: dict[str, Any], path: Path) -> None:
@@ -135,9 +135,9 @@ def plot(kept: dict[str, Any], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("tokens a second")
     axes.set_xticks(range(len(cases)), [case.replace("-", "\n", 1) for case in cases], fontsize=8)
-    axes.set_title(f"Phi-3-mini's shape, LoRA of rank 16, one {kept['gpu']}, {kept['date']}", fontsize=10)
+    axes.set_title(f"Phi-3-mini's shape, LoRA of rank 16, one {kept['gpu']}, {kept['date']}", fontsize=10, loc="right")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(sides), fontsize=8)
+    axes.legend(frameon=False, ncols=len(sides), fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.99))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine.conftest import add_job, run_all
+from engine.conftest import add_job, random_examples, run_all
 
 from luthier.base.load import load_base
 from luthier.engine.engine import Engine
@@ -28,26 +28,13 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-def make_examples(num: int, seed: int, *, longest: int = 44, classes: int = 0) -> list[Example]:
-    random = np.random.default_rng(seed)
-    examples = []
-    for row in range(num):
-        length = int(random.integers(3, longest))
-        weights = np.zeros(length, dtype=np.float32)
-        if not classes:
-            weights[random.integers(1, length) :] = 1.0
-        tokens = random.integers(4, 250, size=length).astype(np.int32)
-        examples.append(Example(tokens, weights, int(random.integers(classes)) if classes else -1, row))
-    return examples
-
-
 def losses_on(folder: Path, device: str, dtype: str, *, checkpointing: bool = False) -> dict[str, list[float]]:
     base = load_base(folder, device=device, dtype=dtype)
     assert base.is_packed, base.packing_problem
     base.set_checkpointing(checkpointing)
     engine = Engine(base)
     for kind in range(4):
-        add_job(engine, kind, make_examples)
+        add_job(engine, kind, random_examples)
     return {name: [report.loss for report in curve] for name, curve in run_all(engine).items()}
 
 
@@ -70,7 +57,7 @@ def test_greedy_replies_equal_the_cpus(folder: Path) -> None:
     for device in ("cpu", "cuda"):
         base = load_base(folder, device=device)
         sampler = Sampler(base, lambda ids: " ".join(map(str, ids)))
-        prompts = [example.tokens for example in make_examples(6, 3)]
+        prompts = [example.tokens for example in random_examples(6, 3)]
         requests = [Request(str(i), t, -1, SamplingParams(max_new_tokens=12)) for i, t in enumerate(prompts)]
         replies.append([list(completion.tokens) for completion in sampler.run(requests)])
     assert replies[0] == replies[1]

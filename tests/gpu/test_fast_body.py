@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine.conftest import run_all
-from gpu.test_cuda import make_examples
+from engine.conftest import random_examples, run_all
 
 from luthier.base.load import Base, load_base
 from luthier.engine.engine import Engine
@@ -32,7 +31,7 @@ def train(base: Base, num_steps: int = 20, num_jobs: int = 3) -> tuple[dict[str,
     engine = Engine(base)
     for seed, spec in enumerate(SPECS[:num_jobs]):
         train_spec = TrainSpec(max_steps=num_steps, epochs=100, batch_size=4, learning_rate=2e-3, seed=seed)
-        engine.add(TrainingJob(f"job-{seed}", base.bank.add(spec, seed), make_examples(12, seed), train_spec))
+        engine.add(TrainingJob(f"job-{seed}", base.bank.add(spec, seed), random_examples(12, seed), train_spec))
     curves = run_all(engine)
     return {name: np.array([report.loss for report in curve]) for name, curve in curves.items()}, engine
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine.conftest import run_all
+from engine.conftest import random_examples, run_all
 from engine.test_peft_equality import PAD, TRAIN
-from gpu.test_cuda import make_examples
 from nf4_models import peft_over_nf4
 from slots import random_sequences
 from tiny_models import write_tiny_llama
@@ -85,7 +84,7 @@ def test_a_gpu_in_float32_trains_as_a_cpu_does(folder: Path) -> None:
     curves = []
     for device in ("cpu", "cuda"):
         engine = Engine(load_base(folder, device=device, quantization="nf4"))
-        engine.add(TrainingJob("job", engine.base.bank.add(SPEC, seed=3), make_examples(20, 0), TRAIN))
+        engine.add(TrainingJob("job", engine.base.bank.add(SPEC, seed=3), random_examples(20, 0), TRAIN))
         curves.append([report.loss for report in run_all(engine)["job"]])
     np.testing.assert_allclose(curves[1], curves[0], rtol=3e-3)
 
@@ -151,7 +150,7 @@ def test_sampling_over_nf4_equals_the_cpus(folder: Path) -> None:
     for device in ("cpu", "cuda"):
         base = load_base(folder, device=device, quantization="nf4")
         sampler = Sampler(base, lambda ids: " ".join(map(str, ids)))
-        prompts = [example.tokens for example in make_examples(4, 3)]
+        prompts = [example.tokens for example in random_examples(4, 3)]
         requests = [Request(str(i), t, -1, SamplingParams(max_new_tokens=6)) for i, t in enumerate(prompts)]
         replies.append([list(completion.tokens) for completion in sampler.run(requests)])
     same = sum(a == b for a, b in zip(*replies, strict=True))
