@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,29 @@ from typing import Any
 import postgres
 import pytest
 from tiny_models import write_tiny_llama, write_tiny_phi3, write_tiny_qwen3
+
+# bitsandbytes, which tests compare with, asks at import for functions to be compiled; peft imports it wherever it is,
+# and every process that a test starts would load torch's compiler for it.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def pytest_configure() -> None:
+    """Collect no garbage while the tests are imported: what they import stays."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, and what was imported is not walked for it."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No test takes the power away, and what a killed process wrote is with the system: nothing waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +65,14 @@ def tiny_phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3's folder whose template drops earlier reasoning; embeddings tied. Read only."""
     return write_tiny_qwen3(tmp_path_factory.mktemp("models") / "tiny-qwen3")
+
+
+@pytest.fixture(scope="module")
+def no_reports() -> Iterator[None]:
+    """Runs leave no report.html, for modules that look at none: its charts take a third of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luthier.evaluate.report.write_report", lambda run: run / "report.html")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from luthier.imports import importing
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -86,7 +88,8 @@ def train(
     several = isinstance(recipe, list)
     recipes = [load_recipe(source) for source in (recipe if isinstance(recipe, list) else [recipe])]
     # Only now: a recipe that does not hold is told without waiting for torch.
-    from luthier.worker.train import train as train_recipes
+    with importing():
+        from luthier.worker.train import train as train_recipes
 
     results = train_recipes(recipes, resume=resume, progress=progress)
     return results if several else results[0]
@@ -95,7 +98,8 @@ def train(
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    with importing():
+        value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

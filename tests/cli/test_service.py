@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,35 @@ import openai
 import pytest
 from running import BASE, chat_rows, wait_for
 
+from luthier.cli.main import main
+
 
 def luthier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "luthier.cli.main", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | environment, check=False
     )
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command in this process, by the function that it calls."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["luthier", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
+
+    return run
 
 
 @pytest.mark.timeout(300)
@@ -68,29 +92,29 @@ def test_serve_needs_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     assert key not in "\n".join(log_lines)
 
 
-def test_verbs_on_the_store(tmp_path: Path) -> None:
+def test_verbs_on_the_store(tmp_path: Path, here: Run) -> None:
     data = ("--data", str(tmp_path / "data"))
-    assert luthier("tenants", "create", "acme", "--weight", "2", *data).stdout.startswith("org-")
-    made = luthier("keys", "create", "acme", "--scope", "infer", *data).stdout.split()
+    assert here("tenants", "create", "acme", "--weight", "2", *data).stdout.startswith("org-")
+    made = here("keys", "create", "acme", "--scope", "infer", *data).stdout.split()
     assert made[1].startswith("sk-")
-    listed = luthier("keys", "list", "acme", *data).stdout
+    listed = here("keys", "list", "acme", *data).stdout
     assert made[0] in listed
     assert made[1] not in listed
-    assert luthier("keys", "rotate", made[0], *data).returncode == 0
-    assert "revoked" in luthier("keys", "list", "acme", *data).stdout
-    assert luthier("tenants", "create", "acme", *data).returncode == 2
-    assert luthier("tenants", "erase", "acme", "--yes", *data).returncode == 0
-    assert luthier("tenants", "list", *data).stdout == ""
+    assert here("keys", "rotate", made[0], *data).returncode == 0
+    assert "revoked" in here("keys", "list", "acme", *data).stdout
+    assert here("tenants", "create", "acme", *data).returncode == 2
+    assert here("tenants", "erase", "acme", "--yes", *data).returncode == 0
+    assert here("tenants", "list", *data).stdout == ""
 
 
-def test_without_a_server_jobs_are_the_runs_here(tmp_path: Path) -> None:
+def test_without_a_server_jobs_are_the_runs_here(tmp_path: Path, here: Run) -> None:
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     (run / "state.json").write_text(json.dumps({"format": 1, "status": "done", "step": 7}))
-    listed = luthier("jobs", "list", "--runs", str(tmp_path / "runs"))
+    listed = here("jobs", "list", "--runs", str(tmp_path / "runs"))
     assert listed.stdout.startswith(f"{run}  done")
-    assert luthier("jobs", "watch", str(run)).stdout.strip() == str(run / "adapter")
+    assert here("jobs", "watch", str(run)).stdout.strip() == str(run / "adapter")
     for verb in ("cancel", "pause"):
-        refused = luthier("jobs", verb, "x")
+        refused = here("jobs", verb, "x")
         assert refused.returncode == 2
         assert "--server" in refused.stderr

@@ -371,6 +371,11 @@ def tiny_biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-biased", attention_bias=True, mlp_bias=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_reports(no_reports: None) -> None:
+    pass
+
+
 @pytest.fixture(
     scope="module", params=[(name, base) for name, row in ROWS.items() for base in row.bases], ids=": ".join
 )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from worker.test_train import train_in_this_process
 
 import luthier
 from luthier.base.load import load_base
@@ -137,7 +138,7 @@ def test_a_run_of_peft_is_judged_chatted_with_continued_and_merged(tiny_llama: P
     assert isinstance("".join(luthier.open_chat(run.folder / "adapter").reply([{"role": "user", "content": "x"}])), str)
     luthier.export_run(run.folder, tmp_path / "merged")
     again = recipe_for(tiny_llama, tmp_path, "again", method, learning_rate=2e-2) | {"start_from": str(run.folder)}
-    assert losses_of(luthier.train(again).folder)[0] < losses_of(run.folder)[0]
+    assert losses_of(train_in_this_process(again).folder)[0] < losses_of(run.folder)[0]
 
 
 def test_exclusive_recipes_train_beside_those_of_the_bank(tiny_llama: Path, tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_exclusive_recipes_train_beside_those_of_the_bank(tiny_llama: Path, tmp_
 
 
 def test_an_exclusive_job_runs_while_the_resident_base_serves_and_trains(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_for(tiny_llama, tmp_path, "full", "full", epochs=40))
+    recipe = load_recipe(recipe_for(tiny_llama, tmp_path, "full", "full", epochs=15))
     heard = Listener()
     children = Children([(recipe, 0)], resume=False, progress=heard)
     base = load_base(tiny_llama)
@@ -191,8 +192,8 @@ def test_an_exclusive_job_runs_while_the_resident_base_serves_and_trains(tiny_ll
 
 def test_ctrl_c_reaches_the_child_which_saves_and_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     method = {"type": "boft", "dropout": 0.1}
-    whole = luthier.train(recipe_for(tiny_llama, tmp_path, "whole", method, epochs=8))
-    recipe = recipe_for(tiny_llama, tmp_path, "cut", method, epochs=8)
+    whole = train_in_this_process(recipe_for(tiny_llama, tmp_path, "whole", method, epochs=4))
+    recipe = recipe_for(tiny_llama, tmp_path, "cut", method, epochs=4)
     heard = Listener()
     heard.on_step = lambda job, step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None
     with pytest.raises(KeyboardInterrupt):
@@ -209,7 +210,7 @@ def test_ctrl_c_reaches_the_child_which_saves_and_resumes_to_the_same_bytes(tiny
 def test_a_child_that_dies_ends_its_run_and_no_other(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    doomed = recipe_for(tiny_llama, tmp_path, "doomed", "full", epochs=30, checkpoint_every=1)
+    doomed = recipe_for(tiny_llama, tmp_path, "doomed", "full", epochs=15, checkpoint_every=1)
     calm = recipe_for(tiny_llama, tmp_path, "calm", {"type": "lora", "rank": 2})
     started: list[Child] = []
     start = Child.start.__func__  # type: ignore[attr-defined]
@@ -230,7 +231,7 @@ def test_a_child_that_dies_ends_its_run_and_no_other(
     assert json.loads((tmp_path / "doomed/state.json").read_text())["status"] == "failed"
     again = luthier.train(doomed, resume=True)
     assert again.status == "done"
-    assert len(losses_of(again.folder)) == 120
+    assert len(losses_of(again.folder)) == 60
 
 
 def test_a_child_does_not_outlive_its_parent(tiny_llama: Path, tmp_path: Path) -> None:
@@ -302,7 +303,7 @@ def test_a_classifier_of_own_weights_is_judged_again(tiny_llama: Path, tmp_path:
     recipe = recipe_for(tiny_llama, tmp_path, "run", "full", epochs=6)
     Path(recipe["data"]["train"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe |= {"task": "classification", "evaluation": {"rows": 8}}
-    result = luthier.train(recipe)
+    result = train_in_this_process(recipe)
     assert result.status == "done", result.result
     model = AutoModelForSequenceClassification.from_pretrained(result.folder / "model")
     assert set(model.config.id2label.values()) == set(WORDS[:3])

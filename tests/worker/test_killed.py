@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,8 +44,10 @@ class Notes(SilentProgress):
         self.notes.append(message)
 
 
-def killed_run(base: Path, folder: Path) -> dict[str, Any]:
-    """A run that died of SIGKILL after three of eight steps."""
+@pytest.fixture(scope="module")
+def dead(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The recipe of a run that died of SIGKILL after three of eight steps; `copied` gives a test one of its own."""
+    base, folder = tiny_llama, tmp_path_factory.mktemp("killed")
     settings = {"checkpoint_every": 1, "schedule": "constant"}
     recipe = recipe_for(base, folder, train=settings, evaluation={"rows": 2, "generate": False})
     file = folder / "recipe.json"
@@ -52,6 +55,12 @@ def killed_run(base: Path, folder: Path) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", DIES, str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     return recipe
+
+
+def copied(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe of a copy of a run, in another folder."""
+    shutil.copytree(recipe["output"], folder / "run")
+    return recipe | {"output": str(folder / "run")}
 
 
 def sizes_of_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -67,7 +76,7 @@ def sizes_of_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_run_that_memory_killed_resumes_at_half_the_tokens(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dead: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = luthier.train(
         recipe_for(
@@ -78,7 +87,7 @@ def test_a_run_that_memory_killed_resumes_at_half_the_tokens(
             evaluation={"rows": 2, "generate": False},
         )
     )
-    recipe = killed_run(tiny_llama, tmp_path)
+    recipe = copied(dead, tmp_path)
     before = RunFolder.open(recipe["output"]).state()["training"]["forward_tokens"]
     now = memory_kills()
     monkeypatch.setattr(killed, "memory_kills", lambda: now | {"memory_kills": (now["memory_kills"] or 0) + 1})
@@ -95,8 +104,8 @@ def test_a_run_that_memory_killed_resumes_at_half_the_tokens(
 
 
 @pytest.mark.skipif(memory_kills()["memory_kills"] is None, reason="this system does not count memory kills")
-def test_a_run_that_somebody_killed_resumes_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe, heard = killed_run(tiny_llama, tmp_path), Notes()
+def test_a_run_that_somebody_killed_resumes_as_it_was(dead: dict[str, Any], tmp_path: Path) -> None:
+    recipe, heard = copied(dead, tmp_path), Notes()
     again = luthier.train(recipe, resume=True, progress=heard)
     assert [note for note in heard.notes if "was killed, and not for want of memory" in note]
     assert again.result["micro_batch_tokens"] == 4096

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from worker.test_train import train_in_this_process
 
 import luthier
 from luthier.cli.main import app
@@ -116,7 +117,7 @@ def trained(base: Path, folder: Path, task: Any, rows: list[dict[str, Any]], **s
         "output": str(folder / "run"),
         **sections,
     }
-    assert luthier.train(recipe).status == "done"
+    assert train_in_this_process(recipe).status == "done"
     return folder / "run"
 
 

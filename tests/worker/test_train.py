@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import luthier
 from luthier.errors import DataError, RecipeError, RunError
 from luthier.worker.progress import SilentProgress
+from luthier.worker.result import RunResult
+from luthier.worker.train import train_here
 
 WORDS = ["red", "green", "blue", "warm", "cold", "bright", "dim", "lamp", "door", "fan"]
 
@@ -48,6 +50,11 @@ def recipe_for(base: Path, folder: Path, name: str = "run", **sections: Any) -> 
         "output": str(folder / name),
         **sections,
     }
+
+
+def train_in_this_process(recipe: dict[str, Any]) -> RunResult:
+    """Train a recipe of any method here, as the process of an exclusive one does (`test_exclusive_runs.py`)."""
+    return train_here(luthier.load_recipe(recipe), resume=False, progress=SilentProgress())
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
@@ -137,7 +144,7 @@ NUM_KILLS = 10
 KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-import luthier, luthier.worker.train
+import luthier, luthier.evaluate.report, luthier.worker.train, peft
 
 # Imported once; each try is a fork of this process, which itself never runs a product.
 recipe, metrics, num_kills = luthier.load_recipe(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -277,9 +284,10 @@ def test_a_head_of_another_kind_is_not_gone_on_from(tiny_llama: Path, tmp_path: 
     luthier.train(recipes[2])
     assert luthier.train(recipes[2] | {"start_from": recipes[2]["output"], "output": str(tmp_path / "on")})
     method = {"type": "lokr", "rank": 4, "targets": ["q_proj"]}
-    own = luthier.train(recipes[0] | {"method": method, "output": str(tmp_path / "own")})
+    own = train_in_this_process(recipes[0] | {"method": method, "output": str(tmp_path / "own")})
+    on = recipes[2] | {"method": method, "start_from": str(own.folder), "output": str(tmp_path / "last")}
     with pytest.raises(RecipeError, match="any number of labels of each text"):
-        luthier.train(recipes[2] | {"method": method, "start_from": str(own.folder), "output": str(tmp_path / "last")})
+        train_in_this_process(on)
 
 
 def test_an_adapter_of_pefts_own_is_imported_continued_and_chatted_with(tiny_llama: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from luthier.cli.console import err, out, quiet_libraries
 from luthier.errors import RunError, nearest
+from luthier.imports import importing
 
 HELP = "/base: the base's reply beside the tuned one, on or off   /reset: forget the conversation   /quit"
 COMMANDS = ("/base", "/reset", "/quit", "/help")
@@ -140,8 +141,9 @@ def chat_command(
 ) -> None:
     """Talk with a tuned model. Without a terminal, each line of standard input is one turn."""
     quiet_libraries()
-    from luthier.worker.chat import open_chat
-    from luthier.worker.system_turn import trained_system
+    with importing():
+        from luthier.worker.chat import open_chat
+        from luthier.worker.system_turn import trained_system
 
     session = open_chat(model)
     if system is None and (system := trained_system(model)):

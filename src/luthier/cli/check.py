@@ -20,6 +20,7 @@ from luthier.data.report import DataReport, PartReport
 from luthier.data.template import Renderer
 from luthier.data.warn import count_rows
 from luthier.errors import DataError
+from luthier.imports import importing
 from luthier.recipe import DataConfig, Recipe, load_recipe
 from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.registry import task_for
@@ -153,7 +154,8 @@ def _check_method(recipe: Recipe, folder: Path) -> None:
     """Hold the method against the base's layers, as a training does; the one part of a check that needs torch."""
     with err().status("holding the method against the base"):
         quiet_libraries()
-        from luthier.worker.method_fit import check_method
+        with importing():
+            from luthier.worker.method_fit import check_method
 
         check_method(recipe, folder)
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.errors import LuthierError
+from luthier.imports import importing
 
 _VERDICT_STYLES = {"better": "green", "worse": "red", "failed": "red"}
 
@@ -133,11 +134,8 @@ def quiet_libraries() -> None:
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
-    import logging as standard
-
-    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # it tells of kernels that it would rather have
-
-    from transformers.utils import logging
+    with importing():
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -9,6 +9,7 @@ import typer
 
 from luthier.cli.console import out, print_json, print_scores, quiet_libraries
 from luthier.cli.progress import choose_progress
+from luthier.imports import importing
 
 
 def eval_command(
@@ -25,7 +26,8 @@ def eval_command(
     progress.stage("Starting")
     try:
         quiet_libraries()
-        from luthier.worker.judge import evaluate_run
+        with importing():
+            from luthier.worker.judge import evaluate_run
 
         evaluation = evaluate_run(run, data=data, rows=rows, progress=progress)
     finally:

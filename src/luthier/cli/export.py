@@ -12,6 +12,7 @@ from rich.text import Text
 from luthier.cli.console import out, quiet_libraries
 from luthier.cli.progress import choose_progress
 from luthier.errors import RunError
+from luthier.imports import importing
 
 
 class ExportDtype(StrEnum):
@@ -44,7 +45,8 @@ def export_command(
     progress.stage("Starting")
     try:
         quiet_libraries()
-        from luthier.worker.export import export_run
+        with importing():
+            from luthier.worker.export import export_run
 
         folder = export_run(run, output or run / "merged", dtype=dtype.value, progress=progress)
     finally:

@@ -23,6 +23,7 @@ from luthier.cli.serve import serve_command, worker_command
 from luthier.cli.tenants import backup_command, keys_app, restore_command, tenants_app, usage_command
 from luthier.cli.train import train_command
 from luthier.errors import LuthierError
+from luthier.imports import forget_objects
 
 app = typer.Typer(
     name="luthier",
@@ -89,6 +90,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        forget_objects()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from luthier.cli.console import out, print_json, quiet_libraries
 from luthier.cli.progress import choose_progress
+from luthier.imports import importing
 from luthier.worker.progress import gib
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def plan_command(
     progress = choose_progress(quiet=True)
     try:
         quiet_libraries()
-        from luthier.worker.plan import plan_recipe
+        with importing():
+            from luthier.worker.plan import plan_recipe
 
         plan = plan_recipe(loaded, gpu, progress)
     finally:

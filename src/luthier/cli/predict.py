@@ -11,6 +11,7 @@ from rich.text import Text
 from luthier.cli.console import err, quiet_libraries
 from luthier.cli.progress import choose_progress
 from luthier.errors import DataError
+from luthier.imports import importing
 
 
 def predict_command(
@@ -32,7 +33,8 @@ def predict_command(
     progress.stage("Starting")
     try:
         quiet_libraries()
-        from luthier.worker.predict_file import predict_file
+        with importing():
+            from luthier.worker.predict_file import predict_file
 
         result = predict_file(run, data, output, max_new_tokens=max_new_tokens, progress=progress)
     finally:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.errors import RecipeError
+from luthier.imports import importing
 
 if TYPE_CHECKING:
     from luthier.service.context import Context
@@ -111,8 +112,10 @@ def worker_command(
         raise RecipeError(f"--quantization {quantization}", "nf4, or nothing")
     from luthier.registry.work import StoredWork
     from luthier.worker.served_bases import ServedBases
-    from luthier.worker.service_worker import run_worker
     from luthier.worker.worker_options import WorkerOptions
+
+    with importing():
+        from luthier.worker.service_worker import run_worker
 
     settings = context.settings
     _sweep(settings.scratch)

@@ -11,6 +11,7 @@ from rich.text import Text
 from luthier.cli.console import command_name, err, out, print_json, print_scores, quiet_libraries
 from luthier.cli.progress import choose_progress
 from luthier.errors import StorageError
+from luthier.imports import importing
 
 if TYPE_CHECKING:
     from luthier.worker.result import RunResult
@@ -45,7 +46,8 @@ def train_command(
     progress.stage("Starting")
     try:
         quiet_libraries()
-        from luthier.worker.train import train
+        with importing():
+            from luthier.worker.train import train
 
         results = train(loaded, resume=resume, progress=progress)
     except StorageError as error:

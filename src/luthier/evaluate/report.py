@@ -6,6 +6,7 @@ Everything that comes from the data is escaped.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -49,14 +50,18 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def render(record: RunRecord) -> str:
-    """The page as text."""
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["count"] = summary.format_count
-    template = environment.from_string(files("luthier.evaluate").joinpath("report.html.jinja").read_text("utf-8"))
-    return template.render(
+    return environment.from_string(files("luthier.evaluate").joinpath("report.html.jinja").read_text("utf-8"))
+
+
+def render(record: RunRecord) -> str:
+    """The page as text."""
+    return _template().render(
         min_rows=MIN_ROWS_FOR_VERDICT,
         title=summary.headline(record.evaluation) or "Not judged on held-out rows",
         run=record.shown_path,

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from luthier.errors import LuthierError
+from luthier.imports import forget_objects, importing
 from luthier.worker.messages import SendingProgress, error_message, own_messages
 
 
@@ -25,6 +26,8 @@ def serve_order(work: Callable[[dict[str, Any], SendingProgress], None]) -> int:
         return _serve(work)
     except BrokenPipeError:  # orphaned by a parent that was killed, there is nobody to tell
         return 130
+    finally:
+        forget_objects()
 
 
 def _serve(work: Callable[[dict[str, Any], SendingProgress], None]) -> int:
@@ -45,8 +48,9 @@ def _serve(work: Callable[[dict[str, Any], SendingProgress], None]) -> int:
 
 def work(order: dict[str, Any], progress: SendingProgress) -> None:
     """Train the order's recipe, and say what came of it."""
-    from luthier.recipe import load_recipe
-    from luthier.worker.train import train_here
+    with importing():
+        from luthier.recipe import load_recipe
+        from luthier.worker.train import train_here
 
     result = train_here(load_recipe(order["recipe"]), resume=order["resume"], progress=progress)
     progress.send(verb="result", status=result.status, evaluation=result.evaluation, result=result.result)
@@ -57,9 +61,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _stop_with_parent() -> None:
-    while sys.stdin.buffer.read(1):
-        pass
+    wait_for_end_of_input()
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wait_for_end_of_input() -> None:
+    """Return once standard input is closed at its other end; for a thread that nothing waits for.
+
+    It reads past Python's buffer: an interpreter that ends while a thread holds the buffer's lock waits for a second,
+    and aborts.
+    """
+    while os.read(sys.stdin.fileno(), 1):
+        pass
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from luthier.worker.messages import error_of
 from luthier.worker.method_fit import check_exclusive_method
 from luthier.worker.plan import admission_bytes
 from luthier.worker.recorded_run import JobFiles, SavedFiles, public
-from luthier.worker.service_child import Order
+from luthier.worker.service_training import Order
 
 logger = logging.getLogger("luthier.worker")
 

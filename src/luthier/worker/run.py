@@ -31,7 +31,6 @@ from luthier.engine.scoring import SCORE_TOKENS
 from luthier.engine.slot import Slot
 from luthier.errors import ModelError, RunError
 from luthier.evaluate.card import write_card
-from luthier.evaluate.report import write_report
 from luthier.extras import require_for_scoring
 from luthier.files import atomic_folder
 from luthier.methods.config import exclusive_spec
@@ -341,6 +340,8 @@ class Run:
         status = "failed" if self.job.state == "failed" else "done"
         self.folder.set_state(status, step=self.job.step, problem=self.job.problem)
         if self.writes_report:
+            from luthier.evaluate.report import write_report  # only now: it loads matplotlib
+
             write_exhibits(self.folder, self.data.task, self.judging.judge.record_of, self.judging.scores)
             write_report(self.folder.path)
             write_card(self.folder.path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from luthier.imports import importing
 from luthier.worker.child import serve_order
 from luthier.worker.launch.place import RankPlace
 from luthier.worker.messages import SendingProgress
@@ -16,8 +17,9 @@ from luthier.worker.messages import SendingProgress
 
 def work(order: dict[str, Any], progress: SendingProgress) -> None:
     """Train the order's recipes at the order's place, and say what came of it."""
-    from luthier.recipe import load_recipe
-    from luthier.worker.train import train_ranked
+    with importing():
+        from luthier.recipe import load_recipe
+        from luthier.worker.train import train_ranked
 
     recipes = [load_recipe(recipe) for recipe in order["recipes"]]
     results = train_ranked(recipes, RankPlace(**order["place"]), resume=order["resume"], progress=progress)
