@@ -165,7 +165,7 @@ def test_a_classifier_predicts_and_does_not_chat(client: openai.OpenAI) -> None:
     assert sum(answer["data"][0]["probabilities"].values()) == pytest.approx(1.0)
     with pytest.raises(openai.BadRequestError, match="predict"):
         client.chat.completions.create(model=str(done.fine_tuned_model), messages=ASK)
-    with pytest.raises(openai.BadRequestError, match="no head"):
+    with pytest.raises(openai.BadRequestError, match="tuned for no task"):
         client.post("/luthier/predict", cast_to=httpx.Response, body={"model": BASE, "input": "x"})
 
 

@@ -111,6 +111,8 @@ def test_a_job_from_beginning_to_end(client: openai.OpenAI, tuned: FineTuningJob
     table = client.files.content(tuned.result_files[0]).read().decode().splitlines()
     assert table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert [line.split(",")[0] for line in table[1:]] == [str(n) for n in range(1, len(table))]
+    assert all(0 <= float(line.split(",")[2]) <= 1 for line in table[1:]), "every step has its accuracy"
+    assert 0 <= float(table[-1].split(",")[4]) <= 1
     own = tuned.to_dict()["luthier"]
     assert own["evaluation"]["num_rows"] > 0  # type: ignore[index]
 
@@ -129,6 +131,8 @@ def test_events_and_checkpoints(client: openai.OpenAI, tuned: FineTuningJob) -> 
         strictly(FineTuningJobCheckpoint, checkpoint)
         assert checkpoint.fine_tuned_model_checkpoint.endswith(f":ckpt-step-{checkpoint.step_number}")
         assert checkpoint.metrics.train_loss
+        assert checkpoint.metrics.train_mean_token_accuracy is not None
+    assert checkpoints[0].metrics.full_valid_mean_token_accuracy is not None
     assert len(checkpoints) >= 2
 
 
@@ -241,8 +245,12 @@ def test_a_dpo_job_learns_preferences(client: openai.OpenAI, tuned: FineTuningJo
             strictly(FineTuningJobEvent, event)
         first = min((e for e in events if e.type == "metrics"), key=lambda e: e.data["step"])  # type: ignore[index]
         assert first.data["train_loss"] == pytest.approx(math.log(2), abs=1e-4)  # type: ignore[index]
-        for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id).data:
+        assert first.data["train_mean_token_accuracy"] == 0.5, "it begins where it is its own reference"  # type: ignore[index]
+        assert all(0 <= e.data["train_mean_token_accuracy"] <= 1 for e in events if e.type == "metrics")  # type: ignore[index]
+        checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
+        for checkpoint in checkpoints:
             strictly(FineTuningJobCheckpoint, checkpoint)
+        assert 0 <= float(str(checkpoints[0].metrics.full_valid_mean_token_accuracy)) <= 1
         asked: Any = [{"role": "user", "content": "red green blue"}]
         answer = client.chat.completions.create(model=str(done.fine_tuned_model), messages=asked, max_tokens=2)
         assert answer.choices[0].message.content is not None

@@ -47,7 +47,6 @@ def test_what_is_given_wins() -> None:
         ({"luthier": {"output": "/tmp/x"}}, "not a field"),
         ({"luthier": {"train": 5}}, "train"),
         ({"luthier": {"task": {"type": "chat", "system": 5}}}, "task"),
-        ({"luthier": {"task": {"type": "classification", "head": "words"}}}, "head: words is not served"),
         ({"method": {"type": "reinforcement", "reinforcement": {}}}, "not served"),
         ({"method": {"type": "dpo"}, "luthier": {"task": "chat"}}, "dpo goes with the task preference"),
         ({"method": {"type": "supervised"}, "luthier": {"task": "preference"}}, "dpo goes with the task preference"),

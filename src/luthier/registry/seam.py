@@ -248,3 +248,34 @@ class SampleEvent:
     num_tokens: int = 0
     problem: str = ""
     status: int = 500
+
+
+@dataclass(frozen=True, slots=True)
+class PredictRequest:
+    """A request to predict, as the API sends it to a worker; answered by one `Predictions`.
+
+    Attributes:
+        id: Unique, as a SampleRequest's.
+        adapter: As there.
+        rows: Each a row of the model's task that may lack the answer, or a text where a text is all that it needs.
+        max_tokens: Longest reply of a task that writes.
+    """
+
+    id: str
+    adapter: str | None
+    rows: list[str | dict[str, Any]]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model makes of rows.
+
+    Attributes:
+        rows: One of each row, as the task presents it; a reply that was cut short has {"finish_reason": "length"}.
+        num_prompt_tokens, num_tokens: Of all rows together.
+    """
+
+    rows: list[dict[str, Any]]
+    num_prompt_tokens: int
+    num_tokens: int

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
 from luthier.registry.models import Servable, no_such_model
@@ -21,8 +22,10 @@ from luthier.service.errors import error_body
 from luthier.service.tool_calls import Piece, ToolCallReader
 from luthier.store.database import new_id
 from luthier.store.held_base import HeldBase
+from luthier.tasks.config import TaskConfig
+from luthier.tasks.registry import head_of, task_for
 
-TEXT_TASKS = ("chat", "completion", "preference", "text")
+_TASK: TypeAdapter[TaskConfig] = TypeAdapter(TaskConfig)
 
 
 @dataclass
@@ -241,7 +244,7 @@ def find_model(context: Context, caller: Caller, name: str) -> Servable:
         MissingError: where the caller has no such model.
     """
     if context.bases.find(name) is not None:
-        return Servable(name, HeldBase(name), None, "chat")
+        return Servable(name, HeldBase(name), None, None)
     if not name.startswith("ft:"):
         raise no_such_model(name)
     return context.models.find(caller.tenant, name)
@@ -254,7 +257,7 @@ def chat_answer(context: Context, caller: Caller, body: ChatCreate) -> Answering
         RefusedError: for what does not hold.
     """
     model = _writing_model(context, caller, body.model)
-    _filter(context, json.dumps([message.get("content") for message in body.messages], ensure_ascii=False))
+    filter_prompt(context, json.dumps([message.get("content") for message in body.messages], ensure_ascii=False))
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs=true.", param="top_logprobs")
     for at, message in enumerate(body.messages):
@@ -293,7 +296,7 @@ def completion_answer(context: Context, caller: Caller, body: CompletionCreate) 
     if len(prompt) == 0:
         raise InvalidRequestError("prompt is empty.", param="prompt")
     if isinstance(prompt, str):
-        _filter(context, prompt)
+        filter_prompt(context, prompt)
     request = _request(
         body, model, "cmpl-", prompt=prompt, max_tokens=body.max_tokens or 16, num_logprobs=body.logprobs
     )
@@ -302,14 +305,20 @@ def completion_answer(context: Context, caller: Caller, body: CompletionCreate) 
 
 def _writing_model(context: Context, caller: Caller, name: str) -> Servable:
     model = find_model(context, caller, name)
-    if model.task not in TEXT_TASKS:
+    if model.task is not None and head_of(task_for(_TASK.validate_python(model.task))) is not None:
         raise InvalidRequestError(
-            f"{name} is a {model.task} model, which does not write; ask it over /v1/luthier/predict.", param="model"
+            f"{name} is a {model.task['type']} model, which does not write; ask it over /v1/luthier/predict.",
+            param="model",
         )
     return model
 
 
-def _filter(context: Context, text: str) -> None:
+def filter_prompt(context: Context, text: str) -> None:
+    """Ask the content filter about what came in.
+
+    Raises:
+        InvalidRequestError: where it is not let through.
+    """
     if problem := context.content_filter.problem(text):
         raise InvalidRequestError(problem, code="content_filter")
 

@@ -11,7 +11,6 @@ from luthier.recipe import JobSpec, validate
 from luthier.registry.problems import InvalidRequestError
 from luthier.service.bodies import MAX_SEED, DpoHyperparameters, Hyperparameters, JobCreate
 from luthier.service.methods import check_method, inherited_method
-from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.preference.schema import PreferenceConfig
 
 OWN_FIELDS = ("task", "method", "train", "evaluation")
@@ -134,11 +133,6 @@ def check_own(own: dict[str, Any], base: str) -> JobSpec:
     except RecipeError as error:
         raise InvalidRequestError(error.found, param="luthier", code="invalid_job_spec") from None
     check_method(spec.method)
-    if isinstance(spec.task, ClassificationConfig) and spec.task.head == "words":
-        raise InvalidRequestError(
-            "luthier.task.head: words is not served; use head: linear, or train it with `luthier train`.",
-            param="luthier.task.head",
-        )
     return spec
 
 

@@ -1,7 +1,7 @@
 """The worker's HTTP endpoint: requests to sample in, lines of JSON out. It runs in a thread beside the base's.
 
 POST /v1/sample     a SampleRequest -> SampleEvents, one JSON a line
-POST /v1/predict    {adapter, texts} -> {predictions, num_tokens}
+POST /v1/predict    a PredictRequest -> Predictions
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,7 +23,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from luthier.errors import LuthierError
-from luthier.registry.seam import SampleEvent, SampleRequest
+from luthier.registry.problems import RefusedError
+from luthier.registry.seam import Predictions, PredictRequest, SampleEvent, SampleRequest
 from luthier.worker.replies import MAX_WAITING, Task, one_line
 
 _NOTHING = asdict(SampleEvent())
@@ -42,8 +43,8 @@ class Desk(Protocol):
     def submit(self, task: Task) -> None:
         """Let the thread that runs the base take it in."""
 
-    def predict(self, adapter: str | None, texts: list[str]) -> dict[str, Any]:
-        """What a head says about texts; raises LuthierError."""
+    def predict(self, request: PredictRequest) -> Predictions:
+        """What a tuned model makes of rows; raises LuthierError."""
 
 
 class Endpoint:
@@ -107,9 +108,11 @@ class Endpoint:
     async def _predict(self, request: Request) -> Response:
         if (refusal := self._refusal(request)) is not None:
             return refusal
-        values = await request.json()
+        wanted = PredictRequest(**await request.json())
         try:
-            return JSONResponse(await run_in_threadpool(self._desk.predict, values["adapter"], values["texts"]))
+            return JSONResponse(asdict(await run_in_threadpool(self._desk.predict, wanted)))
+        except RefusedError as error:
+            return PlainTextResponse(error.message, error.status)
         except LuthierError as error:
             return PlainTextResponse(one_line(error), 400)
 

@@ -107,10 +107,14 @@ class Replies:
     def num_open(self) -> int:
         return len(self._tasks)
 
+    def note_use(self) -> None:
+        """Somebody asked something of the base."""
+        self.last_used_at = time.monotonic()
+
     def begin(self, task: Task) -> None:
         """Take a task in; what is wrong with it goes to its caller."""
         request = task.request
-        self.last_used_at = time.monotonic()
+        self.note_use()
         if request.id in self._tasks:
             task.emit(SampleEvent(problem="a request with this id is here already", status=400))
             return

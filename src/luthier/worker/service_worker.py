@@ -28,7 +28,7 @@ from luthier.worker.job_record import JobRecord
 from luthier.worker.recorded_run import JobFiles, RecordedRun
 from luthier.worker.recorder import Recorder
 from luthier.worker.replies import Replies
-from luthier.worker.reply_desk import Begin, ReplyDesk
+from luthier.worker.reply_desk import Answering, ReplyDesk
 from luthier.worker.resident import load_resident
 from luthier.worker.resident_jobs import ResidentJobs
 from luthier.worker.worker_options import WorkerOptions
@@ -100,7 +100,7 @@ class ServiceWorker:
         self._slots = ServedSlots(base, options.max_slots)
         self._replies = Replies(base, resident.renderer, self._slots, options.step_tokens, resident.home)
         folders = AdapterFolders(self._blobs, options.scratch / "adapters")
-        self._desk = ReplyDesk(resident, self._replies, self._slots, folders, self._inbox)
+        self._desk = ReplyDesk(resident, self._replies, self._slots, folders, self._inbox, options.step_tokens)
         self._recorder = Recorder(
             lambda job: self._inbox.put(lambda: self._drop(job)),
             lambda job, error: self._inbox.put(lambda: self._give_up(job, error)),
@@ -164,12 +164,12 @@ class ServiceWorker:
             self._inbox.wait(WAIT_SECONDS)
 
     def _breathe(self) -> None:
-        """Between the forwards of an evaluation: let replies go on. Jobs wait, so only replies are taken in."""
+        """Between the forwards of an evaluation: let answers go on. Jobs wait, so only answers are taken in."""
         if self._in_between:
             return
         self._in_between = True
         try:
-            self._inbox.take_only(Begin)
+            self._inbox.take_only(Answering)
             self._replies.step()
         finally:
             self._in_between = False

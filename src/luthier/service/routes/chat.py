@@ -1,7 +1,8 @@
-"""Chat, plain completions, and what head models predict."""
+"""Chat, plain completions, and what tuned models make of rows of their task."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,9 +11,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from luthier.registry.problems import InvalidRequestError
+from luthier.registry.seam import PredictRequest
 from luthier.service.auth import ContextDep, Inferrer
 from luthier.service.bodies import ChatCreate, CompletionCreate, PredictCreate
-from luthier.service.chat import Answering, chat_answer, completion_answer, find_model
+from luthier.service.chat import Answering, chat_answer, completion_answer, filter_prompt, find_model
 from luthier.service.routes.common import ERRORS
 
 router = APIRouter(responses=ERRORS, tags=["inference"])
@@ -35,24 +37,34 @@ async def create_completion(body: CompletionCreate, caller: Inferrer, context: C
 async def create_prediction(
     body: PredictCreate, caller: Inferrer, context: ContextDep, request: Request
 ) -> dict[str, Any]:
-    """Name the class of each text, or its labels where the model gives any number, with the probabilities of all."""
+    """What a tuned model makes of rows: a label, entities, a translation, or whatever its task gives."""
     model = await run_in_threadpool(find_model, context, caller, body.model)
-    if model.task != "classification":
-        raise InvalidRequestError(f"{body.model} has no head to predict with; chat with it.", param="model")
-    texts = [body.input] if isinstance(body.input, str) else list(body.input)
-    found = await context.dispatcher.predict(model.base, {"adapter": model.adapter, "texts": texts})
-    num_tokens = int(found["num_tokens"])
+    if model.task is None:
+        raise InvalidRequestError(f"{body.model} is a base, which was tuned for no task; chat with it.", param="model")
+    rows = body.input if isinstance(body.input, list) else [body.input]
+    filter_prompt(context, json.dumps(rows, ensure_ascii=False))
+    wanted = PredictRequest(f"pred-{request.state.request_id}", model.adapter, rows, body.max_tokens)
+    found = await context.dispatcher.predict(model.base, wanted)
     await run_in_threadpool(
         context.usage.record_request,
         tenant=caller.tenant,
         request=request.state.request_id,
         base=model.base.name,
         model=model.name,
-        num_prompt_tokens=num_tokens,
-        num_tokens=0,
+        num_prompt_tokens=found.num_prompt_tokens,
+        num_tokens=found.num_tokens,
     )
-    data = [{"object": "prediction", "index": at, **row} for at, row in enumerate(found["predictions"])]
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    refuse = context.content_filter.problem
+    data = [
+        {"object": "prediction", "index": at}
+        | ({"finish_reason": "content_filter"} if refuse(json.dumps(row, ensure_ascii=False)) else row)
+        for at, row in enumerate(found.rows)
+    ]
+    usage = {
+        "prompt_tokens": found.num_prompt_tokens,
+        "completion_tokens": found.num_tokens,
+        "total_tokens": found.num_prompt_tokens + found.num_tokens,
+    }
     return {"object": "list", "model": model.name, "data": data, "usage": usage}
 
 
