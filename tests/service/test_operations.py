@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from running import BASE, Service, chat_rows, make_context, serving, wait_for, w
 
 from luthier.errors import RunError
 from luthier.registry.backup import back_up, restore
-from luthier.registry.webhooks import address_problem
+from luthier.registry.webhooks import AddressError, permitted_address
+from luthier.service.background import pinned_request
 from luthier.store.blobs import Blobs
 from luthier.worker.served_bases import ServedBases
 
@@ -102,7 +104,25 @@ def test_a_jobs_end_is_told_signed_and_again_until_it_is_heard(fresh: Service, e
     ],
 )
 def test_webhooks_go_to_no_private_address(url: str) -> None:
-    assert address_problem(url, may_be_private=False)
+    with pytest.raises(AddressError):
+        permitted_address(url, may_be_private=False)
+
+
+def test_a_webhooks_name_cannot_come_to_mean_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address that was looked at is the one that is called; name and certificate are still the URL's."""
+    meant = ["93.184.215.14", "169.254.169.254"]
+
+    def look_up(host: str, port: int, **_: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (meant.pop(0), port))]
+
+    monkeypatch.setattr("luthier.registry.webhooks.socket.getaddrinfo", look_up)
+    url = "https://hooks.example.com:8443/a?b=c"
+    request = pinned_request(url, permitted_address(url, may_be_private=False), {"webhook-id": "x"}, "{}")
+    assert str(request.url) == "https://93.184.215.14:8443/a?b=c"
+    assert request.headers["host"] == "hooks.example.com:8443"
+    assert request.extensions["sni_hostname"] == "hooks.example.com"
+    with pytest.raises(AddressError, match="private"):
+        permitted_address(url, may_be_private=False)
 
 
 def test_jobs_run_the_same_on_both_databases(fresh: Service, tmp_path: Path) -> None:

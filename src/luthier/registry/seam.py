@@ -235,7 +235,8 @@ class SampleEvent:
         text: Text that became certain.
         logprobs: Entries {token, bytes, logprob, top} for the tokens behind it, where asked for.
         finish_reason: Set on the choice's last event.
-        num_prompt_tokens, num_tokens: Set on the last event.
+        num_prompt_tokens, num_tokens: Of the prompt, and of this choice's reply so far: a reply that is broken off is
+            billed by them.
         problem: Why the reply could not be made; the stream ends with it.
         status: HTTP status that goes with the problem.
     """

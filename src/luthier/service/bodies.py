@@ -142,6 +142,8 @@ class Sampling(Body):
     stream_options: dict[str, bool] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, float] | None = None

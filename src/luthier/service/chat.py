@@ -69,7 +69,11 @@ class Answering:
     ) -> None:
         self._context, self._caller = context, caller
         self._model, self._request, self._form = model, request, form
-        self.replies = [Reply(ToolCallReader() if form.reads_calls else None) for _ in range(request.num_choices)]
+        self.billed_as: tuple[str, int] = request.id, 0
+        """What it is billed under, once: the request, or a batch and its line."""
+        self.replies = [
+            Reply(ToolCallReader(form.max_calls) if form.reads_calls else None) for _ in range(request.num_choices)
+        ]
         self.created = int(time.time())
         self.problem: RefusedError | None = None
 
@@ -99,7 +103,8 @@ class Answering:
         self._context.measures.count_tokens("generated", generated)
         self._context.usage.record_request(
             tenant=self._caller.tenant,
-            request=self._request.id,
+            request=self.billed_as[0],
+            line=self.billed_as[1],
             base=self._model.base.name,
             model=self._model.name,
             num_prompt_tokens=prompt,
@@ -149,8 +154,9 @@ class ChatForm:
     object = "chat.completion"
     chunk = "chat.completion.chunk"
 
-    def __init__(self, has_tools: bool, wants_logprobs: bool) -> None:
+    def __init__(self, has_tools: bool, wants_logprobs: bool, max_calls: int | None = None) -> None:
         self.reads_calls = has_tools
+        self.max_calls = max_calls
         self.wants_logprobs = wants_logprobs
 
     def choice(self, index: int, reply: Reply) -> dict[str, Any]:
@@ -201,6 +207,7 @@ class TextForm:
     object = "text_completion"
     chunk = "text_completion"
     reads_calls = False
+    max_calls: int | None = None
 
     def __init__(self, wants_logprobs: bool) -> None:
         self.wants_logprobs = wants_logprobs
@@ -278,7 +285,8 @@ def chat_answer(context: Context, caller: Caller, body: ChatCreate) -> Answering
         max_tokens=body.max_completion_tokens or body.max_tokens,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return Answering(context, caller, model, request, ChatForm(bool(tools), bool(body.logprobs)))
+    max_calls = 1 if body.parallel_tool_calls is False else None
+    return Answering(context, caller, model, request, ChatForm(bool(tools), bool(body.logprobs), max_calls))
 
 
 def completion_answer(context: Context, caller: Caller, body: CompletionCreate) -> Answering:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -18,19 +19,26 @@ from luthier.service.chat import Answering, chat_answer, completion_answer, filt
 from luthier.service.routes.common import ERRORS
 
 router = APIRouter(responses=ERRORS, tags=["inference"])
+Result = TypeVar("Result")
+
+LISTEN_SECONDS = 0.5
+"""How often it is looked whether the caller of a whole reply is still there."""
 
 
 @router.post("/chat/completions")
-async def create_chat(body: ChatCreate, caller: Inferrer, context: ContextDep) -> Response:
+async def create_chat(body: ChatCreate, caller: Inferrer, context: ContextDep, request: Request) -> Response:
     """Go on with a conversation."""
-    return await _answer(await run_in_threadpool(chat_answer, context, caller, body), body.stream, body.wants_usage)
+    answer = await run_in_threadpool(chat_answer, context, caller, body)
+    return await _answer(request, answer, body.stream, body.wants_usage)
 
 
 @router.post("/completions")
-async def create_completion(body: CompletionCreate, caller: Inferrer, context: ContextDep) -> Response:
+async def create_completion(
+    body: CompletionCreate, caller: Inferrer, context: ContextDep, request: Request
+) -> Response:
     """Go on with a text."""
     answer = await run_in_threadpool(completion_answer, context, caller, body)
-    return await _answer(answer, body.stream, body.wants_usage)
+    return await _answer(request, answer, body.stream, body.wants_usage)
 
 
 @router.post("/luthier/predict")
@@ -44,7 +52,9 @@ async def create_prediction(
     rows = body.input if isinstance(body.input, list) else [body.input]
     filter_prompt(context, json.dumps(rows, ensure_ascii=False))
     wanted = PredictRequest(f"pred-{request.state.request_id}", model.adapter, rows, body.max_tokens)
-    found = await context.dispatcher.predict(model.base, wanted)
+    found = await _while_heard(request, context.dispatcher.predict(model.base, wanted))
+    context.measures.count_tokens("prompt", found.num_prompt_tokens)
+    context.measures.count_tokens("generated", found.num_tokens)
     await run_in_threadpool(
         context.usage.record_request,
         tenant=caller.tenant,
@@ -68,9 +78,9 @@ async def create_prediction(
     return {"object": "list", "model": model.name, "data": data, "usage": usage}
 
 
-async def _answer(answer: Answering, stream: bool | None, wants_usage: bool) -> Response:
+async def _answer(request: Request, answer: Answering, stream: bool | None, wants_usage: bool) -> Response:
     if not stream:
-        return JSONResponse(await answer.whole())
+        return JSONResponse(await _while_heard(request, answer.whole()))
     # The first event is awaited here, so that a request that cannot be answered gets its status, not a stream.
     events = answer.stream(wants_usage)
     first = await anext(events)
@@ -79,6 +89,21 @@ async def _answer(answer: Answering, stream: bool | None, wants_usage: bool) -> 
     return StreamingResponse(
         _from(first, events), media_type="text/event-stream", headers={"cache-control": "no-cache"}
     )
+
+
+async def _while_heard(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Wait for work, and break it off where the caller goes away."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=LISTEN_SECONDS)
+            if not task.done() and await request.is_disconnected():
+                raise InvalidRequestError("The caller went away.", code="client_closed_request")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
 
 
 async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
