@@ -56,11 +56,13 @@ class Service:
     Attributes:
         url: Without the /v1.
         keys: Tenant's name -> a key with the scopes tune and infer.
+        worker: The worker, where there is one for as long as the service runs.
     """
 
     url: str
     context: Context
     keys: dict[str, str]
+    worker: Any = None
 
     def tenant(self, name: str, scopes: tuple[str, ...] = ("tune", "infer"), **quotas: Any) -> str:
         """A new tenant; returns a key of it."""

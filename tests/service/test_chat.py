@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
+from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -206,17 +209,48 @@ def test_a_tuned_model_answers_as_it_was_tuned(client: openai.OpenAI) -> None:
     )
 
 
-def test_a_caller_that_goes_away_frees_its_place(service: Service, client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(model=BASE, messages=ASK, max_tokens=200, stream=True, temperature=1.0)
-    next(iter(stream))
-    stream.close()
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_caller_that_goes_away_frees_its_place_and_pays_for_what_was_written(service: Service, stream: bool) -> None:
+    key, tenant = service.tenant(f"hasty{stream:d}"), service.context.tenants.get(f"hasty{stream:d}").id
+    body = {"model": BASE, "messages": ASK, "max_tokens": 400, "temperature": 1.0, "stop": ["never"], "stream": stream}
+    # What no token ends: the schema's text has room for all of them.
+    text = {"type": "object", "properties": {"a": {"type": "string", "minLength": 5000}}, "required": ["a"]}
+    body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": text}}
+    parts = urlsplit(service.url)
+    with socket.create_connection((str(parts.hostname), int(parts.port or 0))) as link:
+        content = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        link.sendall(head.encode() + content)
+        wait_until(lambda: any(task.num_tokens[0] > 2 for task in list(service.worker._replies._tasks.values())))
+    wait_until(lambda: service.worker._replies.num_open == 0)
+    wait_until(lambda: bool(service.context.usage.by_day(tenant)))
+    (row,) = service.context.usage.by_day(tenant)
+    assert row["prompt_tokens"] > 0
+    assert 0 < row["generated_tokens"] < 400
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        rows = service.context.usage.by_day(service.context.tenants.get("acme").id)
-        if any(row["model"] == BASE and row["prompt_tokens"] for row in rows):
-            break
-        time.sleep(0.05)
-    assert client.chat.completions.create(model=BASE, messages=ASK, max_tokens=1).choices
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_worker_that_is_full_says_when_to_come_back(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.worker.endpoint.MAX_WAITING", 0)
+    with pytest.raises(openai.RateLimitError, match="wait already") as refused:
+        client.chat.completions.create(model=BASE, messages=ASK, stream=True)
+    assert 0 < int(refused.value.response.headers["retry-after"]) <= 120
+
+
+def test_any_json_object(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_object"}
+    answer = client.chat.completions.create(model=BASE, messages=ASK, response_format=form, seed=2, max_tokens=200)
+    text = answer.choices[0].message.content or ""
+    assert text.startswith("{")
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
 
 
 def test_usage_is_counted_once_and_shown(client: openai.OpenAI) -> None:

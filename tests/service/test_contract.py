@@ -10,7 +10,6 @@ from typing import Any
 import openai
 import pytest
 from openai.types import Batch, FileObject, Model, Upload
-from openai.types.chat import ChatCompletion
 from openai.types.completion import Completion
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
@@ -339,20 +338,6 @@ def test_a_tuned_model_is_tuned_further_and_not_deleted_meanwhile(client: openai
         client.chat.completions.create(model=str(done.fine_tuned_model), messages=[{"role": "user", "content": "x"}])
 
 
-def test_what_is_not_served_says_so(client: openai.OpenAI) -> None:
-    for call in (
-        lambda: client.images.generate(prompt="x"),
-        lambda: client.embeddings.create(model=BASE, input="x"),
-        lambda: client.evals.list(),
-        lambda: client.responses.create(model=BASE, input="x"),
-        lambda: client.fine_tuning.alpha.graders.validate(
-            grader={"type": "string_check", "name": "n", "input": "i", "reference": "r", "operation": "eq"}
-        ),
-    ):
-        with pytest.raises(openai.NotFoundError, match="not served"):
-            call()
-
-
 def test_keys_and_scopes(service: Service) -> None:
     with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="sk-wrong", max_retries=0).models.list()
@@ -371,40 +356,6 @@ def test_the_rate_limit_says_when_to_come_back(service: Service) -> None:
     with pytest.raises(openai.RateLimitError) as refused:
         [client.models.list() for _ in range(4)]  # the minute may turn in between
     assert 0 < int(refused.value.response.headers["retry-after"]) <= 60
-
-
-def test_the_async_client(service: Service, tuned: FineTuningJob) -> None:
-    import asyncio
-
-    async def go() -> None:
-        async with openai.AsyncOpenAI(
-            base_url=f"{service.url}/v1", api_key=service.keys["acme"], max_retries=0
-        ) as client:
-            assert [job.id async for job in client.fine_tuning.jobs.list(limit=1)]
-            stream = await client.chat.completions.create(
-                model=BASE, messages=[{"role": "user", "content": "red"}], max_tokens=4, stream=True
-            )
-            chunks = [chunk async for chunk in stream]
-            assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-
-    asyncio.run(go())
-
-
-def test_azure(service: Service, tuned: FineTuningJob) -> None:
-    for client in (
-        openai.AzureOpenAI(
-            azure_endpoint=service.url, api_key=service.keys["acme"], api_version="2025-04-01-preview", max_retries=0
-        ),
-        openai.OpenAI(base_url=f"{service.url}/openai/v1", api_key=service.keys["acme"], max_retries=0),
-    ):
-        file = upload(client)
-        assert client.files.retrieve(file.id).id == file.id
-        assert client.fine_tuning.jobs.retrieve(tuned.id).id == tuned.id
-        answer = client.chat.completions.create(
-            model=str(tuned.fine_tuned_model), messages=[{"role": "user", "content": "red"}], max_tokens=3
-        )
-        strictly(ChatCompletion, answer)
-        assert answer.model == tuned.fine_tuned_model
 
 
 def test_batches(client: openai.OpenAI) -> None:

@@ -167,6 +167,7 @@ def test_what_is_not_served_is_said_in_a_sentence(driver: Driver) -> None:
     grader: Any = {"type": "string_check", "name": "n", "input": "i", "reference": "r", "operation": "eq"}
     calls = {
         "Embeddings": lambda: client.embeddings.create(model=BASE, input="x"),
+        "Responses": lambda: client.responses.create(model=BASE, input="x"),
         "Evals": lambda: client.evals.list(),
         "Graders": lambda: client.fine_tuning.alpha.graders.validate(grader=grader),
         "graded": lambda: client.fine_tuning.alpha.graders.run(grader=grader, model_sample="x"),

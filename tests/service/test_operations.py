@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 import socket
 import threading
 import time
@@ -18,7 +21,9 @@ from running import BASE, Service, chat_rows, make_context, serving, wait_for, w
 from luthier.errors import RunError
 from luthier.registry.backup import back_up, restore
 from luthier.registry.webhooks import AddressError, permitted_address
+from luthier.registry.work import live_workers
 from luthier.service.background import pinned_request
+from luthier.service.wire import JsonLines
 from luthier.store.blobs import Blobs
 from luthier.worker.served_bases import ServedBases
 
@@ -200,6 +205,62 @@ def test_adapters_beyond_the_room_come_and_go(fresh: Service, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_an_idle_worker_gives_its_base_back(fresh: Service, tmp_path: Path) -> None:
+    client = client_of(fresh)
+    ask: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
+    for folder in ("one", "two"):  # it goes, and another comes when it is asked for
+        with working(fresh.context, tmp_path / folder, idle_seconds=0.5):
+            assert client.chat.completions.create(**ask).choices
+            deadline = time.monotonic() + 20
+            while num_workers(fresh):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert not (tmp_path / folder).exists(), "nothing is left behind"
+
+
+def num_workers(service: Service) -> int:
+    with service.context.database.reading() as session:
+        return len(live_workers(session, None, service.context.database.now(session)))
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_what_is_logged_of_a_request_has_its_id(fresh: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """Also what is logged in the middle of it, and of a defect."""
+    client = client_of(fresh)
+    file = client.files.create(file=("t.jsonl", chat_rows(3)), purpose="fine-tune")
+    fresh.context.blobs.delete(fresh.context.files.get(fresh.context.tenants.get("acme").id, file.id).blob)
+    lines: list[dict[str, Any]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(json.loads(JsonLines().format(record)))  # type: ignore[method-assign]
+    logger = logging.getLogger("luthier")
+    logger.addHandler(handler)
+    try:
+        with caplog.at_level(logging.INFO), pytest.raises(openai.InternalServerError) as lost:
+            client.files.content(file.id)
+        time.sleep(0.1)  # the line of a request follows its answer
+    finally:
+        logger.removeHandler(handler)
+    assert lost.value.status_code == 503
+    own = [line for line in lines if line.get("request_id") == lost.value.request_id]
+    assert [line["message"] for line in own] == ["request failed", "request"]
+    assert "is not there" in own[0]["problem"]
+    assert (own[1]["method"], own[1]["route"], own[1]["status"]) == ("GET", "/v1/files/{file_id}/content", 503)
+    assert own[1]["tenant"] == fresh.context.tenants.get("acme").id
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_service_without_its_storage_is_not_ready(fresh: Service) -> None:
+    root = fresh.context.blobs.folder
+    assert root is not None
+    assert httpx.get(f"{fresh.url}/readyz").status_code == 200
+    shutil.rmtree(root, ignore_errors=True)
+    root.write_bytes(b"in the way")
+    answer = httpx.get(f"{fresh.url}/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"status": "not ready", "failing": ["storage"]})
+    assert httpx.get(f"{fresh.url}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_backup_and_restore(fresh: Service, tmp_path: Path) -> None:
     client = client_of(fresh)
     with working(fresh.context, tmp_path / "worker"):
@@ -261,6 +322,14 @@ def test_the_content_filter_stops_prompts_and_replies(tiny_llama: Path, tmp_path
             model=BASE, messages=[{"role": "user", "content": "x"}], response_format=form, max_tokens=60
         )
         assert answer.choices[0].finish_reason == "content_filter"
+        ask: dict[str, Any] = {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": form,
+            "max_tokens": 60,
+        }
+        stream = list(client.chat.completions.create(model=BASE, **ask, stream=True))
+        assert stream[-1].choices[0].finish_reason == "content_filter"
+        assert "secretword" not in "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert "secretword" not in (answer.choices[0].message.content or "")
 
 

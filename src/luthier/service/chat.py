@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
 from pydantic import TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
@@ -94,7 +95,8 @@ class Answering:
                         pieces, is_open[event.choice] = [], False
                     yield event.choice, pieces, event
         finally:
-            await run_in_threadpool(self._bill)
+            with anyio.CancelScope(shield=True):  # a caller that goes away cancels all that is awaited
+                await run_in_threadpool(self._bill)
 
     def _bill(self) -> None:
         prompt = max(reply.num_prompt_tokens for reply in self.replies)

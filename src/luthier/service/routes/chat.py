@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
+import anyio
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -16,9 +17,9 @@ from luthier.registry.seam import PredictRequest
 from luthier.service.auth import ContextDep, Inferrer
 from luthier.service.bodies import ChatCreate, CompletionCreate, PredictCreate
 from luthier.service.chat import Answering, chat_answer, completion_answer, filter_prompt, find_model
-from luthier.service.routes.common import ERRORS
+from luthier.service.routes.common import ERRORS, V1
 
-router = APIRouter(responses=ERRORS, tags=["inference"])
+router = APIRouter(prefix=V1, responses=ERRORS, tags=["inference"])
 Result = TypeVar("Result")
 
 LISTEN_SECONDS = 0.5
@@ -112,4 +113,5 @@ async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes
         async for piece in rest:
             yield piece
     finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+        with anyio.CancelScope(shield=True):
+            await rest.aclose()  # type: ignore[attr-defined]

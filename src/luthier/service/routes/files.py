@@ -14,9 +14,9 @@ from luthier.registry.problems import InvalidRequestError
 from luthier.service.answers import file_object, page_object, part_object, upload_object
 from luthier.service.auth import ContextDep, Tuner
 from luthier.service.bodies import UploadComplete, UploadCreate
-from luthier.service.routes.common import ERRORS, After, IdPath, Order
+from luthier.service.routes.common import ERRORS, V1, After, IdPath, Order
 
-router = APIRouter(responses=ERRORS, tags=["files"])
+router = APIRouter(prefix=V1, responses=ERRORS, tags=["files"])
 
 
 @router.post("/files")
