@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 from running import BASE, Service, chat_rows, make_context, serving, wait_for, working
+from sqlalchemy import String, cast, select
 
 from luthier.errors import RunError
 from luthier.registry.backup import back_up, restore
@@ -25,6 +26,7 @@ from luthier.registry.work import live_workers
 from luthier.service.background import pinned_request
 from luthier.service.wire import JsonLines
 from luthier.store.blobs import Blobs
+from luthier.store.tables import Table
 from luthier.worker.served_bases import ServedBases
 
 QUICK: dict[str, Any] = {"train": {"max_steps": 2, "checkpoint_every": 1}, "method": {"type": "lora", "rank": 2}}
@@ -286,25 +288,32 @@ def test_a_tenants_data_is_erased_for_good(fresh: Service, tmp_path: Path) -> No
     fresh.tenant("operator", ("admin",))
     gone, stays, operator = (client_of(fresh, name) for name in ("acme", "stays", "operator"))
     kept = stays.files.create(file=("k.jsonl", b"kept-text"), purpose="fine-tune")
-    with working(fresh.context, tmp_path / "worker"):
+    gone.files.create(file=("a-telling-name.jsonl", b"telling-text"), purpose="fine-tune")
+    tenant = fresh.context.tenants.get("acme").id
+    with working(fresh.context, tmp_path / "worker") as worker:
         done = wait_for(tune(gone).id, gone)
         assert done.status == "succeeded"
-    tenant = fresh.context.tenants.get("acme").id
-    operator.delete(f"/luthier/admin/tenants/{tenant}", cast_to=httpx.Response)
+        ask: dict[str, Any] = {"messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
+        assert gone.chat.completions.create(model=str(done.fine_tuned_model), **ask).choices
+        assert list((tmp_path / "worker" / "adapters").iterdir())
+        operator.delete(f"/luthier/admin/tenants/{tenant}", cast_to=httpx.Response)
+        deadline = time.monotonic() + 20
+        while list((tmp_path / "worker" / "adapters").iterdir()) or worker._tenants():
+            assert time.monotonic() < deadline, "a worker forgets what it has of a tenant that is no more"
+            time.sleep(0.05)
     with pytest.raises(openai.AuthenticationError):
         gone.models.list()
     root = fresh.context.blobs.folder
     assert root is not None
     assert not (root / "tenants" / tenant).exists()
     assert stays.files.content(kept.id).read() == b"kept-text"
-    from sqlalchemy import String, cast, select
-
-    from luthier.store.tables import Table
-
     with fresh.context.database.reading() as session:
         for table in Table.metadata.sorted_tables:
             for row in session.execute(select(*(cast(column, String) for column in table.columns))):
                 assert tenant not in str(row), table.name
+    for path in (tmp_path / "data").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert not any(mark in content for mark in (b"a-telling-name", b"telling-text", tenant.encode())), path
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -331,6 +340,27 @@ def test_the_content_filter_stops_prompts_and_replies(tiny_llama: Path, tmp_path
         assert stream[-1].choices[0].finish_reason == "content_filter"
         assert "secretword" not in "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert "secretword" not in (answer.choices[0].message.content or "")
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_quotas_hold_over_the_surface(fresh: Service, tmp_path: Path) -> None:
+    """Storage, running jobs and trained tokens a day; requests a minute stand in test_contract.py."""
+    fresh.tenant("bound", max_storage_bytes=20_000_000, max_running_jobs=1, max_trained_tokens_per_day=600)
+    client = client_of(fresh, "bound")
+    with pytest.raises(openai.RateLimitError, match="storage quota") as refused:
+        client.uploads.create(bytes=20_000_001, filename="x.jsonl", mime_type="a/b", purpose="fine-tune")
+    assert refused.value.code == "storage_quota_exceeded"
+    with working(fresh.context, tmp_path / "worker"):
+        first, second = (tune(client, {"train": {"epochs": 50.0}}, seed=n) for n in range(2))
+        deadline = time.monotonic() + 30
+        while not [e for e in client.fine_tuning.jobs.list_events(first.id, limit=100).data if e.level == "warn"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert client.fine_tuning.jobs.retrieve(first.id).status == "queued"
+        waiting = client.fine_tuning.jobs.retrieve(second.id)
+        assert (waiting.status, waiting.to_dict()["luthier"]["step"]) == ("queued", 0)  # type: ignore[index]
+    trained = sum(row["trained_tokens"] for row in client.get("/luthier/usage", cast_to=httpx.Response).json()["data"])
+    assert 600 <= trained < 1200
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -12,7 +12,7 @@ Nothing here imports torch, SQL or HTTP. `luthier.registry.work.StoredWork` impl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -161,6 +161,9 @@ class WorkRecord(Protocol):
 
     def heartbeat(self, worker: str, lease_seconds: float) -> dict[str, Wish]:
         """Renew the worker's lease and those of its jobs; returns what is asked of jobs that it holds, by job id."""
+
+    def erased(self, tenants: Collection[str]) -> set[str]:
+        """Which of these tenants are no more, so that a worker forgets what it has of them."""
 
     def leave(self, worker: str) -> None:
         """The worker is gone; what it still held may be claimed by others at once."""
