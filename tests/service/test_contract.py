@@ -196,6 +196,7 @@ def test_a_wrong_line_is_told_at_once(client: openai.OpenAI) -> None:
         ({"extra_body": {"luthier": {"base": "/etc"}}}, "luthier.base"),
         ({"extra_body": {"luthier": {"data": {"train": "/etc/passwd"}}}}, "luthier.data"),
         ({"extra_body": {"luthier": {"train": {"epoch": 1}}}}, "luthier"),
+        ({"extra_body": {"luthier": {"train": {"epochs": -1}}}}, "luthier"),
         ({"extra_body": {"luthier": {"method": {"type": "lora", "rank": 0}}}}, "luthier"),
         ({"extra_body": {"lutier": {}}}, "lutier"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
