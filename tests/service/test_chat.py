@@ -266,7 +266,7 @@ def test_usage_is_counted_once_and_shown(client: openai.OpenAI) -> None:
 
 def test_chat_goes_on_while_a_job_trains(client: openai.OpenAI) -> None:
     file = client.files.create(file=("t.jsonl", chat_rows(40)), purpose="fine-tune")
-    own = {"train": {"epochs": 3000.0}}
+    own = {"train": {"epochs": 3000.0, "checkpoint_every": 40, "learning_rate": 5e-3}}
     job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
     wait_for(job.id, client, "running")
     before = client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"]  # type: ignore[index]
@@ -277,5 +277,14 @@ def test_chat_goes_on_while_a_job_trains(client: openai.OpenAI) -> None:
         assert time.monotonic() - started < 5.0
         list(stream)
     after = client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"]  # type: ignore[index]
-    client.fine_tuning.jobs.cancel(job.id)
     assert after > before
+    # What answers is the checkpoint as it was, whatever its job has become meanwhile.
+    wait_until(lambda: bool(client.fine_tuning.jobs.checkpoints.list(job.id).data))
+    name = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].fine_tuned_model_checkpoint
+    ask: dict[str, Any] = {"model": name, "messages": ASK, "max_tokens": 4, "temperature": 0, "logprobs": True}
+    said = client.chat.completions.create(**ask).choices[0]
+    step = client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"]  # type: ignore[index]
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"] > step + 1)  # type: ignore[index, operator, call-overload]
+    assert client.chat.completions.create(**ask).choices[0] == said
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
+    client.fine_tuning.jobs.cancel(job.id)

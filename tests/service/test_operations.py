@@ -145,6 +145,34 @@ def test_jobs_run_the_same_on_both_databases(fresh: Service, tmp_path: Path) -> 
         assert client.fine_tuning.jobs.list(metadata={"a": "b"}).data == []
 
 
+def test_two_api_processes_are_one_service(fresh: Service, database_url: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """What one was told the other knows; they count requests together."""
+    fresh.context.tenants.update("acme", max_requests_per_minute=30)
+    beside = make_context(tmp_path / "data", tiny_llama, database_url)
+    with serving(beside) as second, working(fresh.context, tmp_path / "worker"):
+        second.keys = fresh.keys
+        one, two = client_of(fresh), client_of(second)
+        job = tune(one)
+        done = wait_until_ended(job.id, two)
+        answer = two.chat.completions.create(
+            model=str(done.fine_tuned_model), messages=[{"role": "user", "content": "red"}], max_tokens=3
+        )
+        assert answer.choices
+        with pytest.raises(openai.RateLimitError):
+            [client.models.list() for client in (one, two) * 60]  # the minute may turn in between
+
+
+def wait_until_ended(job: str, client: openai.OpenAI) -> Any:
+    """As `wait_for`, with few requests."""
+    for _ in range(12):
+        found = client.fine_tuning.jobs.retrieve(job)
+        if found.status in ("succeeded", "failed"):
+            break
+        time.sleep(1.0)
+    assert found.status == "succeeded", found.error
+    return found
+
+
 def test_a_worker_that_is_asked_to_end_saves_its_jobs(fresh: Service, tmp_path: Path) -> None:
     client = client_of(fresh)
     with working(fresh.context, tmp_path / "one"):
