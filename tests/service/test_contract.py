@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from typing import Any
 
 import openai
@@ -360,8 +361,6 @@ def test_the_rate_limit_says_when_to_come_back(service: Service) -> None:
 
 
 def test_batches(client: openai.OpenAI) -> None:
-    import time
-
     asks = [{"role": "user", "content": "red"}]
     lines = [
         {"custom_id": f"r{n}", "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -386,6 +385,27 @@ def test_batches(client: openai.OpenAI) -> None:
     assert batch.id in [found.id for found in client.batches.list()]
     (failed,) = client.files.content(str(batch.error_file_id)).read().splitlines()
     assert json.loads(failed)["response"]["status_code"] == 404
+
+
+def test_a_batch_whose_lines_do_not_hold_fails_with_them(client: openai.OpenAI) -> None:
+    good = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": BASE, "prompt": "x"}}
+    lines = [good, {**good, "url": "/v1/embeddings", "custom_id": "b"}, good, {"custom_id": "c"}]
+    content = "\n".join([*map(json.dumps, lines), "{broken"]).encode()
+    file = client.files.create(file=("b.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    deadline = time.monotonic() + 20
+    while batch.status != "failed":
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+        batch = client.batches.retrieve(batch.id)
+    strictly(Batch, batch)
+    assert batch.errors is not None
+    assert [problem.line for problem in batch.errors.data or []] == [2, 3, 4, 5]
+    with pytest.raises(openai.BadRequestError, match="cannot be cancelled"):
+        client.batches.cancel(batch.id)
+    plain = upload(client)
+    with pytest.raises(openai.BadRequestError, match="must be 'batch'"):
+        client.batches.create(input_file_id=plain.id, endpoint="/v1/completions", completion_window="24h")
 
 
 def test_plain_completions(client: openai.OpenAI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
@@ -153,6 +154,20 @@ def test_a_row_that_does_not_hold_is_named(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=says):
         predict(client, tuned[name].fine_tuned_model, rows)
+
+
+def test_a_caller_that_goes_away_stops_its_replies(service: Service, tuned: dict[str, Any]) -> None:
+    body = {"model": tuned["completion"].fine_tuned_model, "input": ["the red"] * 200, "max_tokens": 400}
+    headers = {"authorization": f"Bearer {service.keys['acme']}"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{service.url}/v1/luthier/predict", headers=headers, json=body, timeout=httpx.Timeout(5, read=0.3))
+    assert service.worker._replies.num_open > 0
+    deadline = time.monotonic() + 10
+    while service.worker._replies.num_open:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert service.worker._replies.num_open == 0, "the rows that waited are not begun"
 
 
 def test_a_base_predicts_nothing(client: openai.OpenAI) -> None:

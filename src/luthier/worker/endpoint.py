@@ -27,6 +27,8 @@ from luthier.registry.problems import RefusedError
 from luthier.registry.seam import Predictions, PredictRequest, SampleEvent, SampleRequest
 from luthier.worker.replies import MAX_WAITING, Task, one_line
 
+LISTEN_SECONDS = 0.5
+"""How often it is looked whether the caller of a prediction is still there."""
 _NOTHING = asdict(SampleEvent())
 
 
@@ -43,8 +45,8 @@ class Desk(Protocol):
     def submit(self, task: Task) -> None:
         """Let the thread that runs the base take it in."""
 
-    def predict(self, request: PredictRequest) -> Predictions:
-        """What a tuned model makes of rows; raises LuthierError."""
+    def predict(self, request: PredictRequest, is_gone: threading.Event) -> Predictions:
+        """What a tuned model makes of rows; raises LuthierError. Ends early once the caller is gone."""
 
 
 class Endpoint:
@@ -108,13 +110,22 @@ class Endpoint:
     async def _predict(self, request: Request) -> Response:
         if (refusal := self._refusal(request)) is not None:
             return refusal
-        wanted = PredictRequest(**await request.json())
+        wanted, is_gone = PredictRequest(**await request.json()), threading.Event()
+        watching = asyncio.create_task(_watch(request, is_gone))
         try:
-            return JSONResponse(asdict(await run_in_threadpool(self._desk.predict, wanted)))
+            return JSONResponse(asdict(await run_in_threadpool(self._desk.predict, wanted, is_gone)))
         except RefusedError as error:
             return PlainTextResponse(error.message, error.status)
         except LuthierError as error:
             return PlainTextResponse(one_line(error), 400)
+        finally:
+            watching.cancel()
+
+
+async def _watch(request: Request, is_gone: threading.Event) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(LISTEN_SECONDS)
+    is_gone.set()
 
 
 async def _lines(task: Task, events: asyncio.Queue[SampleEvent]) -> AsyncIterator[bytes]:

@@ -45,18 +45,22 @@ NUM_REPLIES_AT_ONCE = 16
 """Of one request; the rest of its rows wait, so that it does not fill the worker."""
 ANSWER_SECONDS = 600.0
 """How long the thread that runs the base may be silent."""
+LOOK_SECONDS = 0.5
 
 Result = TypeVar("Result")
 
 
 class OnBase(Protocol):
-    """What a prediction asks of the thread that runs the base. Both verbs are called from another thread."""
+    """What a prediction asks of the thread that runs the base. All verbs are called from another thread."""
 
     def with_slot(self, act: Callable[[int], Result]) -> Result:
         """Do this there with the index of the model's slot, and wait for it."""
 
     def submit(self, task: ReplyTask) -> None:
         """Let a reply begin."""
+
+    def check_heard(self) -> None:
+        """Raise UnavailableError where the caller has gone away."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class Predictor:
             for _ in range(NUM_REPLIES_AT_ONCE):
                 begin_next()
             while open_tasks:
-                at, event = _next(events)
+                at, event = self._next(events)
                 if event.problem and event.status >= 500:
                     raise UnavailableError(event.problem)
                 if event.problem:
@@ -179,6 +183,15 @@ class Predictor:
             for task in open_tasks.values():
                 task.is_gone = True
         return written
+
+    def _next(self, events: queue.Queue[tuple[int, SampleEvent]]) -> tuple[int, SampleEvent]:
+        for _ in range(int(ANSWER_SECONDS / LOOK_SECONDS)):
+            self.on_base.check_heard()
+            try:
+                return events.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                continue
+        raise UnavailableError("the worker did not answer in time; send the request again")
 
     def _reply_task(
         self, at: int, prompt: Prompt, request: PredictRequest, emit: Callable[[SampleEvent], None]
@@ -228,13 +241,6 @@ def text_column(task: str) -> str | None:
         ):
             return name
     return None
-
-
-def _next(events: queue.Queue[tuple[int, SampleEvent]]) -> tuple[int, SampleEvent]:
-    try:
-        return events.get(timeout=ANSWER_SECONDS)
-    except queue.Empty:
-        raise UnavailableError("the worker did not answer in time; send the request again") from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class ReplyDesk:
     def submit(self, task: Task) -> None:
         self._inbox.put(Answering(lambda: self._replies.begin(task)))
 
-    def predict(self, request: PredictRequest) -> Predictions:
+    def predict(self, request: PredictRequest, is_gone: threading.Event) -> Predictions:
         resident = self._resident
         if request.adapter is None:
             folder, own = None, None
@@ -78,7 +79,7 @@ class ReplyDesk:
             own or resident.renderer,
             read_task(folder or resident.folder),
             folder,
-            _Loop(self, request.adapter, folder),
+            _Loop(self, request.adapter, folder, is_gone),
             self._max_tokens,
         )
         return predictor.predict(request)
@@ -117,8 +118,14 @@ class _Loop:
     desk: ReplyDesk
     adapter: str | None
     folder: Path | None
+    is_gone: threading.Event
+
+    def check_heard(self) -> None:
+        if self.is_gone.is_set():
+            raise UnavailableError("the caller went away")
 
     def with_slot(self, act: Callable[[int], Result]) -> Result:
+        self.check_heard()
         return self.desk.with_slot(self.adapter, self.folder, act)
 
     def submit(self, task: Task) -> None:
