@@ -158,7 +158,7 @@ def test_a_classifier_predicts_and_does_not_chat(client: openai.OpenAI) -> None:
     ] * 5
     content = "\n".join(map(json.dumps, rows)).encode()
     file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
-    own = {"task": "classification", "train": {"epochs": 20.0, "learning_rate": 3e-3}}
+    own = {"task": "classification", "train": {"epochs": 20.0, "learning_rate": 1e-2, "batch_size": 4}}
     job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, seed=1, extra_body={"luthier": own})
     done = wait_for(job.id, client)
     assert done.status == "succeeded", done.error
@@ -181,8 +181,8 @@ def test_a_model_of_several_labels_predicts_them_from_its_threshold_on(client: o
     content = "\n".join(map(json.dumps, rows)).encode()
     file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
     task = {"type": "classification", "multiple": True, "threshold": 0.4}
-    own = {"task": task, "train": {"epochs": 25.0, "learning_rate": 5e-3}}
-    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
+    own = {"task": task, "train": {"epochs": 25.0, "learning_rate": 1e-2, "batch_size": 4}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, seed=1, extra_body={"luthier": own})
     done = wait_for(job.id, client)
     assert done.status == "succeeded", done.error
     body = {"model": done.fine_tuned_model, "input": ["red lamp", "blue lamp", "dim lamp"]}
