@@ -82,6 +82,8 @@ def test_verbs_on_the_store(tmp_path: Path) -> None:
         return result.stdout
 
     assert say("tenants", "create", "acme", "--weight", "2", *data).startswith("org-")
+    say("tenants", "update", "acme", "--weight", "3", *data)
+    assert "weight 3" in say("tenants", "list", *data)
     key, text = say("keys", "create", "acme", "--scope", "infer", *data).split()
     assert text.startswith("sk-")
     listed = say("keys", "list", "acme", *data)
