@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
-from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
-from running import BASE, Service, chat_rows, wait_for
+from running import BASE, Service, chat_rows, post_by_hand, wait_for, wait_until
 
 ASK: Any = [{"role": "user", "content": "red green blue"}]
 TOOL: Any = {
@@ -210,31 +207,23 @@ def test_a_tuned_model_answers_as_it_was_tuned(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_a_caller_that_goes_away_frees_its_place_and_pays_for_what_was_written(service: Service, stream: bool) -> None:
+def test_a_caller_that_goes_away_frees_its_place_and_pays_for_what_was_written(
+    service: Service, client: openai.OpenAI, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.chat.completions.create(model=BASE, messages=ASK, max_tokens=1)  # the worker is there
     key, tenant = service.tenant(f"hasty{stream:d}"), service.context.tenants.get(f"hasty{stream:d}").id
     body = {"model": BASE, "messages": ASK, "max_tokens": 400, "temperature": 1.0, "stop": ["never"], "stream": stream}
     # What no token ends: the schema's text has room for all of them.
     text = {"type": "object", "properties": {"a": {"type": "string", "minLength": 5000}}, "required": ["a"]}
     body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": text}}
-    parts = urlsplit(service.url)
-    with socket.create_connection((str(parts.hostname), int(parts.port or 0))) as link:
-        content = json.dumps(body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-        link.sendall(head.encode() + content)
-        wait_until(lambda: any(task.num_tokens[0] > 2 for task in list(service.worker._replies._tasks.values())))
+    monkeypatch.setattr("luthier.service.routes.chat.LISTEN_SECONDS", 0.02)
+    with post_by_hand(service, key, "/v1/chat/completions", body):
+        wait_until(lambda: any(task.num_tokens[0] > 40 for task in list(service.worker._replies._tasks.values())))
     wait_until(lambda: service.worker._replies.num_open == 0)
     wait_until(lambda: bool(service.context.usage.by_day(tenant)))
     (row,) = service.context.usage.by_day(tenant)
     assert row["prompt_tokens"] > 0
     assert 0 < row["generated_tokens"] < 400
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_worker_that_is_full_says_when_to_come_back(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
