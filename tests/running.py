@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,11 +56,13 @@ class Service:
     Attributes:
         url: Without the /v1.
         keys: Tenant's name -> a key with the scopes tune and infer.
+        worker: The worker, where there is one for as long as the service runs.
     """
 
     url: str
     context: Context
     keys: dict[str, str]
+    worker: Any = None
 
     def tenant(self, name: str, scopes: tuple[str, ...] = ("tune", "infer"), **quotas: Any) -> str:
         """A new tenant; returns a key of it."""
@@ -140,6 +142,25 @@ def working(context: Context, folder: Path, **options: Any) -> Iterator[Any]:
         thread.join(60)
         assert not thread.is_alive()
         assert not problems
+
+
+def post_by_hand(service: Service, key: str, path: str, body: dict[str, Any]) -> socket.socket:
+    """Send a request and read nothing: the connection, to be closed when the test wants it to break."""
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    link = socket.create_connection((host, int(port)))
+    link.sendall(head.encode() + content)
+    return link
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 15.0) -> None:
+    """Wait for something that is to come true soon."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def wait_for(job: str, client: Any, *statuses: str, seconds: float = 60.0) -> Any:

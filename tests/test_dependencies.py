@@ -20,7 +20,7 @@ EXTRAS = {
     for text in texts
     if not text.startswith("luthier")
 }
-COMES_WITH = {"markupsafe": "jinja2", "starlette": "fastapi", "triton": "torch"}
+COMES_WITH = {"anyio": "fastapi", "markupsafe": "jinja2", "starlette": "fastapi", "triton": "torch"}
 """Parts of a requirement that have a distribution of their own."""
 NOT_IMPORTED = {"gguf"}
 """Needed by transformers to read a GGUF, never imported here."""

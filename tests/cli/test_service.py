@@ -7,15 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from running import BASE, chat_rows, wait_for
+from typer.testing import CliRunner, Result
 
-from luthier.cli.main import main
+from luthier.cli.local_runs import local_run
+from luthier.cli.main import app
 
 
 def luthier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -23,27 +25,6 @@ def luthier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | environment, check=False
     )
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command in this process, by the function that it calls."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["luthier", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
-
-    return run
 
 
 @pytest.mark.timeout(300)
@@ -92,29 +73,82 @@ def test_serve_needs_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     assert key not in "\n".join(log_lines)
 
 
-def test_verbs_on_the_store(tmp_path: Path, here: Run) -> None:
-    data = ("--data", str(tmp_path / "data"))
-    assert here("tenants", "create", "acme", "--weight", "2", *data).stdout.startswith("org-")
-    made = here("keys", "create", "acme", "--scope", "infer", *data).stdout.split()
-    assert made[1].startswith("sk-")
-    listed = here("keys", "list", "acme", *data).stdout
-    assert made[0] in listed
-    assert made[1] not in listed
-    assert here("keys", "rotate", made[0], *data).returncode == 0
-    assert "revoked" in here("keys", "list", "acme", *data).stdout
-    assert here("tenants", "create", "acme", *data).returncode == 2
-    assert here("tenants", "erase", "acme", "--yes", *data).returncode == 0
-    assert here("tenants", "list", *data).stdout == ""
+def test_verbs_on_the_store(tmp_path: Path) -> None:
+    data, again = ("--data", str(tmp_path / "data")), ("--data", str(tmp_path / "again"))
+
+    def say(*arguments: str) -> str:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result
+        return result.stdout
+
+    assert say("tenants", "create", "acme", "--weight", "2", *data).startswith("org-")
+    say("tenants", "update", "acme", "--weight", "3", *data)
+    assert "weight 3" in say("tenants", "list", *data)
+    key, text = say("keys", "create", "acme", "--scope", "infer", *data).split()
+    assert text.startswith("sk-")
+    listed = say("keys", "list", "acme", *data)
+    assert key in listed
+    assert text not in listed
+    assert say("keys", "rotate", key, *data)
+    assert "revoked" in say("keys", "list", "acme", *data)
+    assert "already" in str(CliRunner().invoke(app, ["tenants", "create", "acme", *data]).exception)
+    assert say("backup", str(tmp_path / "copy"), *data).endswith("holds the database and 0 blobs.\n")
+    say("restore", str(tmp_path / "copy"), *again)
+    assert say("keys", "list", "acme", *again) == say("keys", "list", "acme", *data)
+    say("tenants", "erase", "acme", "--yes", *data)
+    assert say("tenants", "list", *data) == ""
 
 
 def test_without_a_server_jobs_are_the_runs_here(tmp_path: Path, here: Run) -> None:
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     (run / "state.json").write_text(json.dumps({"format": 1, "status": "done", "step": 7}))
-    listed = here("jobs", "list", "--runs", str(tmp_path / "runs"))
-    assert listed.stdout.startswith(f"{run}  done")
-    assert here("jobs", "watch", str(run)).stdout.strip() == str(run / "adapter")
+    (run / "metrics.jsonl").write_text('{"kind": "step", "step": 7, "loss": 1.5}\n{"kind": "st')
+
+    def here(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["jobs", *arguments])
+
+    assert here("list", "--runs", str(tmp_path / "runs")).stdout.startswith(f"{run}  done")
+    assert json.loads(here("show", str(run)).stdout)["step"] == 7
+    assert here("watch", str(run)).stdout.strip() == str(run / "adapter")
+    assert here("events", str(run)).stdout.strip() == "step 7  step  loss 1.5"
     for verb in ("cancel", "pause"):
-        refused = here("jobs", verb, "x")
-        assert refused.returncode == 2
-        assert "--server" in refused.stderr
+        assert "nobody trains" in str(here(verb, str(run)).exception)
+        assert "holds no run" in str(here(verb, str(tmp_path)).exception)
+    assert "--server URL" in str(here("create", "x.jsonl").exception)
+
+
+def test_a_run_here_is_paused_and_resumed(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(chat_rows(20))
+    run = tmp_path / "run"
+    recipe = {
+        "base": str(tiny_llama),
+        "data": {"train": str(tmp_path / "train.jsonl"), "validation": None},
+        "method": {"type": "lora", "rank": 2},
+        "train": {"max_steps": 4000, "epochs": 4000.0, "batch_size": 4, "checkpoint_every": 10_000},
+        "compute": {"device": "cpu", "threads": 1},
+        "output": str(run),
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "luthier.cli.main", "train", str(tmp_path / "recipe.yaml"), "-q"]
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 90
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert training.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        paused = CliRunner().invoke(app, ["jobs", "pause", str(run)])
+        assert paused.stdout.strip() == "interrupted", paused
+        assert training.wait(30) == 130
+    finally:
+        if training.poll() is None:
+            training.kill()
+            training.wait()
+    step = local_run(run)["step"]
+    assert step >= 3
+    seen: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luthier.cli.jobs.train_command", lambda recipes, **values: seen.append({"r": recipes, **values}))
+        assert CliRunner().invoke(app, ["jobs", "resume", str(run)]).exit_code == 0
+    assert seen == [{"r": [str(run / "recipe.yaml")], "resume": True}]

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.conftest import add_job, run_all
+from engine.conftest import PREFERENCE, add_job, run_all
 from luthier.base.load import Base, load_base
 from luthier.engine.engine import Engine
 from luthier.engine.job import LossWatch, TrainingJob, loss_weight, split_by_tokens, total_steps
 from luthier.engine.pack import PackItem
+from luthier.engine.scoring import score_examples
 from luthier.engine.step import SlotReport
 from luthier.types import NO_CLASS, AdapterSpec, Example, TrainSpec
 
@@ -263,3 +264,36 @@ def test_each_epoch_draws_other_masks(llama: Base, make_examples: MakeExamples) 
         job.optimizer.num_steps += 1
     assert len(draws) == 16
     assert set(draws.values()) == {1}
+
+
+# -- accuracy
+
+
+@pytest.mark.parametrize("kind", [0, 3, 8, PREFERENCE], ids=["tokens", "classes", "tags", "pairs"])
+def test_a_steps_accuracy_is_that_of_its_batch_before_the_step(
+    llama: Base, make_examples: MakeExamples, kind: int
+) -> None:
+    """Beside another job, and split into micro-batches: what scoring the same batch says."""
+    engine = Engine(llama)
+    job = add_job(engine, kind, make_examples)
+    add_job(engine, 1, make_examples)
+    found, expected = [], []
+    before = scored_accuracy(llama, job)
+    while engine.has_work:
+        for report in engine.step():
+            if report.job == job.name:
+                found.append(report.accuracy)
+                expected.append(before)
+                before = scored_accuracy(llama, job) if job.is_active else 0.0
+    assert len(found) == job.total_steps
+    assert found == pytest.approx(expected)
+    assert len(set(found)) > 1
+
+
+def scored_accuracy(base: Base, job: TrainingJob) -> float:
+    batch = [job.examples[int(i)] for i in job.batch_indices(job.step)]
+    reports = score_examples(base, batch, job.slot.index)
+    if any(report.pair is not None for report in reports):
+        margins = [report.pair.reward_margin for report in reports if report.pair is not None]
+        return float(np.mean([0.5 if abs(margin) <= 1e-5 else margin > 0 for margin in margins]))
+    return sum(report.num_correct for report in reports) / sum(report.num_targets for report in reports)

@@ -70,7 +70,7 @@ def train_on_ranks(folder: Path, size: int, add_jobs: AddJobs, budgets: list[int
 def assert_equal(found: Outcome, expected: Outcome) -> None:
     assert found.states == expected.states
     for name, curve in expected.curves.items():
-        for field in ("step", "loss", "grad_norm", "num_tokens", "num_supervised_tokens", "learning_rate"):
+        for field in ("step", "loss", "grad_norm", "num_tokens", "num_supervised_tokens", "learning_rate", "accuracy"):
             values = [[getattr(report, field) for report in reports] for reports in (found.curves[name], curve)]
             np.testing.assert_allclose(*values, rtol=1e-9, err_msg=f"{name}: {field}")
     assert found.tensors.keys() == expected.tensors.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 from records import Record
@@ -47,6 +48,15 @@ def test_keys_rotate_and_expire(record: Record) -> None:
         session.scalars(select(Key).where(Key.id == newest.id)).one().expires_at = 1
     with pytest.raises(InvalidKeyError):
         record.tenants.authenticate(newest_text)
+
+
+def test_a_rotated_key_ends_as_the_old_one_would_have(record: Record) -> None:
+    record.tenants.create("a")
+    lasting, _ = record.tenants.create_key("a", ["infer"])
+    ending, _ = record.tenants.create_key("a", ["infer"], expires_in_seconds=1000)
+    assert record.tenants.rotate(lasting.id)[0].expires_at is None
+    new, _ = record.tenants.rotate(ending.id, overlap_seconds=10)
+    assert new.expires_at == new.created_at + 1000
 
 
 @pytest.mark.parametrize("name", ["", "A", "a b", "a/b", "../a", "a" * 33, "-a"])
@@ -111,11 +121,13 @@ def test_uploads_in_parts(record: Record) -> None:
 def test_usage_adds_up_by_day_and_model(record: Record) -> None:
     caller = record.caller("a")
     record.usage.set_price("*", 0.0, 1.0, 3.0)
+    bill: dict[str, Any] = {"tenant": caller.tenant, "base": "tiny", "model": "m"}
     for _ in range(2):
-        record.usage.record_request(
-            tenant=caller.tenant, request="r1", base="tiny", model="m", num_prompt_tokens=10, num_tokens=5
-        )
+        record.usage.record_request(**bill, request="r1", num_prompt_tokens=10, num_tokens=5)
     (row,) = record.usage.by_day(caller.tenant)
     assert (row["prompt_tokens"], row["generated_tokens"], row["trained_tokens"]) == (10, 5, 0)
     assert row["cost"] == pytest.approx(25e-6)
     assert record.usage.by_day(record.caller("b").tenant) == []
+    for line in (0, 1, 1):  # a batch's line that two runners answered is billed once
+        record.usage.record_request(**bill, request="batch_1", line=line, num_prompt_tokens=1, num_tokens=0)
+    assert record.usage.by_day(caller.tenant)[0]["prompt_tokens"] == 12

@@ -26,7 +26,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, service_database: Callable
     folder = tmp_path_factory.mktemp("service")
     base = write_tiny_llama(folder / "model", max_position_embeddings=512)
     context = make_context(folder, base, service_database())
-    with serving(context) as running, working(context, folder / "worker"):
+    with serving(context) as running, working(context, folder / "worker") as running.worker:
         running.tenant("acme")
         running.tenant("other")
         running.tenant("operator", ("admin", "tune", "infer"))

@@ -18,6 +18,9 @@ import httpx
 import openai
 import pytest
 from running import BASE, Service, chat_rows, make_context, serving
+from sqlalchemy import func, select
+
+from luthier.store.tables import UploadPart
 
 MEGABYTE = 2**20
 
@@ -157,21 +160,32 @@ def test_a_model_id_with_a_path(caller: openai.OpenAI, model: str) -> None:
         caller.fine_tuning.jobs.create(model=model, training_file=file.id)
 
 
-def test_a_body_cut_half_way_leaves_nothing(small: Service) -> None:
-    before, files = stored(small), len(small.context.files.page(small.context.tenants.get("acme").id).items)
-    parts = urlsplit(small.url)
+@pytest.mark.parametrize("what", ["file", "part", "json"])
+def test_a_body_cut_half_way_leaves_nothing(small: Service, caller: openai.OpenAI, what: str) -> None:
+    upload = caller.uploads.create(bytes=9, filename="x.jsonl", mime_type="a/b", purpose="fine-tune")
+    tenant = small.context.tenants.get("acme").id
+    before, files = stored(small), len(small.context.files.page(tenant).items)
+    path, field = {
+        "file": ("/v1/files", "file"),
+        "part": (f"/v1/uploads/{upload.id}/parts", "data"),
+        "json": ("/v1/uploads", ""),
+    }[what]
+    form = f'--b\r\ncontent-disposition: form-data; name="{field}"; filename="t.jsonl"\r\n\r\n{{"messages"'
+    kind, sent = ("application/json", '{"bytes": 5') if what == "json" else ("multipart/form-data; boundary=b", form)
     head = (
-        "POST /v1/files HTTP/1.1\r\nhost: x\r\n"
-        f"authorization: Bearer {small.keys['acme']}\r\ncontent-type: multipart/form-data; boundary=b\r\n"
-        "content-length: 100000\r\n\r\n--b\r\n"
-        'content-disposition: form-data; name="file"; filename="t.jsonl"\r\n\r\n{"messages"'
+        f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {small.keys['acme']}\r\n"
+        f"content-type: {kind}\r\ncontent-length: 100000\r\n\r\n"
     )
+    parts = urlsplit(small.url)
     with socket.create_connection((str(parts.hostname), int(parts.port or 0))) as link:
-        link.sendall(head.encode())
+        link.sendall((head + sent).encode())
         time.sleep(0.2)
     time.sleep(0.3)
     assert stored(small) == before
-    assert len(small.context.files.page(small.context.tenants.get("acme").id).items) == files
+    assert len(small.context.files.page(tenant).items) == files
+    with small.context.database.reading() as session:
+        assert session.scalar(select(func.count()).select_from(UploadPart)) == 0
+    assert caller.uploads.cancel(upload.id).status == "cancelled"
 
 
 @pytest.mark.parametrize(

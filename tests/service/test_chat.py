@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
-from running import BASE, Service, chat_rows, wait_for
+from running import BASE, Service, chat_rows, post_by_hand, wait_for, wait_until
 
 ASK: Any = [{"role": "user", "content": "red green blue"}]
 TOOL: Any = {
@@ -155,7 +155,7 @@ def test_a_classifier_predicts_and_does_not_chat(client: openai.OpenAI) -> None:
     ] * 5
     content = "\n".join(map(json.dumps, rows)).encode()
     file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
-    own = {"task": "classification", "train": {"epochs": 20.0, "batch_size": 4, "learning_rate": 1e-2}}
+    own = {"task": "classification", "train": {"epochs": 20.0, "learning_rate": 1e-2, "batch_size": 4}}
     job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, seed=1, extra_body={"luthier": own})
     done = wait_for(job.id, client)
     assert done.status == "succeeded", done.error
@@ -165,7 +165,7 @@ def test_a_classifier_predicts_and_does_not_chat(client: openai.OpenAI) -> None:
     assert sum(answer["data"][0]["probabilities"].values()) == pytest.approx(1.0)
     with pytest.raises(openai.BadRequestError, match="predict"):
         client.chat.completions.create(model=str(done.fine_tuned_model), messages=ASK)
-    with pytest.raises(openai.BadRequestError, match="no head"):
+    with pytest.raises(openai.BadRequestError, match="tuned for no task"):
         client.post("/luthier/predict", cast_to=httpx.Response, body={"model": BASE, "input": "x"})
 
 
@@ -178,8 +178,8 @@ def test_a_model_of_several_labels_predicts_them_from_its_threshold_on(client: o
     content = "\n".join(map(json.dumps, rows)).encode()
     file = client.files.create(file=("c.jsonl", content), purpose="fine-tune")
     task = {"type": "classification", "multiple": True, "threshold": 0.4}
-    own = {"task": task, "train": {"epochs": 25.0, "batch_size": 4, "learning_rate": 1e-2}}
-    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
+    own = {"task": task, "train": {"epochs": 25.0, "learning_rate": 1e-2, "batch_size": 4}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, seed=1, extra_body={"luthier": own})
     done = wait_for(job.id, client)
     assert done.status == "succeeded", done.error
     body = {"model": done.fine_tuned_model, "input": ["red lamp", "blue lamp", "dim lamp"]}
@@ -206,17 +206,40 @@ def test_a_tuned_model_answers_as_it_was_tuned(client: openai.OpenAI) -> None:
     )
 
 
-def test_a_caller_that_goes_away_frees_its_place(service: Service, client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(model=BASE, messages=ASK, max_tokens=200, stream=True, temperature=1.0)
-    next(iter(stream))
-    stream.close()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        rows = service.context.usage.by_day(service.context.tenants.get("acme").id)
-        if any(row["model"] == BASE and row["prompt_tokens"] for row in rows):
-            break
-        time.sleep(0.05)
-    assert client.chat.completions.create(model=BASE, messages=ASK, max_tokens=1).choices
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_caller_that_goes_away_frees_its_place_and_pays_for_what_was_written(
+    service: Service, client: openai.OpenAI, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.chat.completions.create(model=BASE, messages=ASK, max_tokens=1)  # the worker is there
+    key, tenant = service.tenant(f"hasty{stream:d}"), service.context.tenants.get(f"hasty{stream:d}").id
+    body = {"model": BASE, "messages": ASK, "max_tokens": 400, "temperature": 1.0, "stop": ["never"], "stream": stream}
+    # What no token ends: the schema's text has room for all of them.
+    text = {"type": "object", "properties": {"a": {"type": "string", "minLength": 5000}}, "required": ["a"]}
+    body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": text}}
+    monkeypatch.setattr("luthier.service.routes.chat.LISTEN_SECONDS", 0.02)
+    with post_by_hand(service, key, "/v1/chat/completions", body):
+        wait_until(lambda: any(task.num_tokens[0] > 40 for task in list(service.worker._replies._tasks.values())))
+    wait_until(lambda: service.worker._replies.num_open == 0)
+    wait_until(lambda: bool(service.context.usage.by_day(tenant)))
+    (row,) = service.context.usage.by_day(tenant)
+    assert row["prompt_tokens"] > 0
+    assert 0 < row["generated_tokens"] < 400
+
+
+def test_a_worker_that_is_full_says_when_to_come_back(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.worker.endpoint.MAX_WAITING", 0)
+    with pytest.raises(openai.RateLimitError, match="wait already") as refused:
+        client.chat.completions.create(model=BASE, messages=ASK, stream=True)
+    assert 0 < int(refused.value.response.headers["retry-after"]) <= 120
+
+
+def test_any_json_object(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_object"}
+    answer = client.chat.completions.create(model=BASE, messages=ASK, response_format=form, seed=2, max_tokens=200)
+    text = answer.choices[0].message.content or ""
+    assert text.startswith("{")
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
 
 
 def test_usage_is_counted_once_and_shown(client: openai.OpenAI) -> None:
@@ -232,7 +255,7 @@ def test_usage_is_counted_once_and_shown(client: openai.OpenAI) -> None:
 
 def test_chat_goes_on_while_a_job_trains(client: openai.OpenAI) -> None:
     file = client.files.create(file=("t.jsonl", chat_rows(40)), purpose="fine-tune")
-    own = {"train": {"epochs": 3000.0}}
+    own = {"train": {"epochs": 3000.0, "checkpoint_every": 40, "learning_rate": 5e-3}}
     job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, extra_body={"luthier": own})
     wait_for(job.id, client, "running")
     before = client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"]  # type: ignore[index]
@@ -243,5 +266,14 @@ def test_chat_goes_on_while_a_job_trains(client: openai.OpenAI) -> None:
         assert time.monotonic() - started < 5.0
         list(stream)
     after = client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"]  # type: ignore[index]
-    client.fine_tuning.jobs.cancel(job.id)
     assert after > before
+    # What answers is the checkpoint as it was, whatever its job has become meanwhile.
+    wait_until(lambda: bool(client.fine_tuning.jobs.checkpoints.list(job.id).data))
+    name = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].fine_tuned_model_checkpoint
+    ask: dict[str, Any] = {"model": name, "messages": ASK, "max_tokens": 4, "temperature": 0, "logprobs": True}
+    said = client.chat.completions.create(**ask).choices[0]
+    step = client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"]  # type: ignore[index]
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).to_dict()["luthier"]["step"] > step + 1)  # type: ignore[index, operator, call-overload]
+    assert client.chat.completions.create(**ask).choices[0] == said
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
+    client.fine_tuning.jobs.cancel(job.id)

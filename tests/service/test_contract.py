@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from typing import Any
 
 import openai
 import pytest
 from openai.types import Batch, FileObject, Model, Upload
-from openai.types.chat import ChatCompletion
 from openai.types.completion import Completion
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
@@ -111,6 +111,8 @@ def test_a_job_from_beginning_to_end(client: openai.OpenAI, tuned: FineTuningJob
     table = client.files.content(tuned.result_files[0]).read().decode().splitlines()
     assert table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert [line.split(",")[0] for line in table[1:]] == [str(n) for n in range(1, len(table))]
+    assert all(0 <= float(line.split(",")[2]) <= 1 for line in table[1:]), "every step has its accuracy"
+    assert 0 <= float(table[-1].split(",")[4]) <= 1
     own = tuned.to_dict()["luthier"]
     assert own["evaluation"]["num_rows"] > 0  # type: ignore[index]
 
@@ -129,6 +131,8 @@ def test_events_and_checkpoints(client: openai.OpenAI, tuned: FineTuningJob) -> 
         strictly(FineTuningJobCheckpoint, checkpoint)
         assert checkpoint.fine_tuned_model_checkpoint.endswith(f":ckpt-step-{checkpoint.step_number}")
         assert checkpoint.metrics.train_loss
+        assert checkpoint.metrics.train_mean_token_accuracy is not None
+    assert checkpoints[0].metrics.full_valid_mean_token_accuracy is not None
     assert len(checkpoints) >= 2
 
 
@@ -193,6 +197,7 @@ def test_a_wrong_line_is_told_at_once(client: openai.OpenAI) -> None:
         ({"extra_body": {"luthier": {"base": "/etc"}}}, "luthier.base"),
         ({"extra_body": {"luthier": {"data": {"train": "/etc/passwd"}}}}, "luthier.data"),
         ({"extra_body": {"luthier": {"train": {"epoch": 1}}}}, "luthier"),
+        ({"extra_body": {"luthier": {"train": {"epochs": -1}}}}, "luthier"),
         ({"extra_body": {"luthier": {"method": {"type": "lora", "rank": 0}}}}, "luthier"),
         ({"extra_body": {"lutier": {}}}, "lutier"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
@@ -241,8 +246,12 @@ def test_a_dpo_job_learns_preferences(client: openai.OpenAI, tuned: FineTuningJo
             strictly(FineTuningJobEvent, event)
         first = min((e for e in events if e.type == "metrics"), key=lambda e: e.data["step"])  # type: ignore[index]
         assert first.data["train_loss"] == pytest.approx(math.log(2), abs=1e-4)  # type: ignore[index]
-        for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id).data:
+        assert first.data["train_mean_token_accuracy"] == 0.5, "it begins where it is its own reference"  # type: ignore[index]
+        assert all(0 <= e.data["train_mean_token_accuracy"] <= 1 for e in events if e.type == "metrics")  # type: ignore[index]
+        checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
+        for checkpoint in checkpoints:
             strictly(FineTuningJobCheckpoint, checkpoint)
+        assert 0 <= float(str(checkpoints[0].metrics.full_valid_mean_token_accuracy)) <= 1
         asked: Any = [{"role": "user", "content": "red green blue"}]
         answer = client.chat.completions.create(model=str(done.fine_tuned_model), messages=asked, max_tokens=2)
         assert answer.choices[0].message.content is not None
@@ -331,20 +340,6 @@ def test_a_tuned_model_is_tuned_further_and_not_deleted_meanwhile(client: openai
         client.chat.completions.create(model=str(done.fine_tuned_model), messages=[{"role": "user", "content": "x"}])
 
 
-def test_what_is_not_served_says_so(client: openai.OpenAI) -> None:
-    for call in (
-        lambda: client.images.generate(prompt="x"),
-        lambda: client.embeddings.create(model=BASE, input="x"),
-        lambda: client.evals.list(),
-        lambda: client.responses.create(model=BASE, input="x"),
-        lambda: client.fine_tuning.alpha.graders.validate(
-            grader={"type": "string_check", "name": "n", "input": "i", "reference": "r", "operation": "eq"}
-        ),
-    ):
-        with pytest.raises(openai.NotFoundError, match="not served"):
-            call()
-
-
 def test_keys_and_scopes(service: Service) -> None:
     with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="sk-wrong", max_retries=0).models.list()
@@ -365,43 +360,7 @@ def test_the_rate_limit_says_when_to_come_back(service: Service) -> None:
     assert 0 < int(refused.value.response.headers["retry-after"]) <= 60
 
 
-def test_the_async_client(service: Service, tuned: FineTuningJob) -> None:
-    import asyncio
-
-    async def go() -> None:
-        async with openai.AsyncOpenAI(
-            base_url=f"{service.url}/v1", api_key=service.keys["acme"], max_retries=0
-        ) as client:
-            assert [job.id async for job in client.fine_tuning.jobs.list(limit=1)]
-            stream = await client.chat.completions.create(
-                model=BASE, messages=[{"role": "user", "content": "red"}], max_tokens=4, stream=True
-            )
-            chunks = [chunk async for chunk in stream]
-            assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-
-    asyncio.run(go())
-
-
-def test_azure(service: Service, tuned: FineTuningJob) -> None:
-    for client in (
-        openai.AzureOpenAI(
-            azure_endpoint=service.url, api_key=service.keys["acme"], api_version="2025-04-01-preview", max_retries=0
-        ),
-        openai.OpenAI(base_url=f"{service.url}/openai/v1", api_key=service.keys["acme"], max_retries=0),
-    ):
-        file = upload(client)
-        assert client.files.retrieve(file.id).id == file.id
-        assert client.fine_tuning.jobs.retrieve(tuned.id).id == tuned.id
-        answer = client.chat.completions.create(
-            model=str(tuned.fine_tuned_model), messages=[{"role": "user", "content": "red"}], max_tokens=3
-        )
-        strictly(ChatCompletion, answer)
-        assert answer.model == tuned.fine_tuned_model
-
-
 def test_batches(client: openai.OpenAI) -> None:
-    import time
-
     asks = [{"role": "user", "content": "red"}]
     lines = [
         {"custom_id": f"r{n}", "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -426,6 +385,27 @@ def test_batches(client: openai.OpenAI) -> None:
     assert batch.id in [found.id for found in client.batches.list()]
     (failed,) = client.files.content(str(batch.error_file_id)).read().splitlines()
     assert json.loads(failed)["response"]["status_code"] == 404
+
+
+def test_a_batch_whose_lines_do_not_hold_fails_with_them(client: openai.OpenAI) -> None:
+    good = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": BASE, "prompt": "x"}}
+    lines = [good, {**good, "url": "/v1/embeddings", "custom_id": "b"}, good, {"custom_id": "c"}]
+    content = "\n".join([*map(json.dumps, lines), "{broken"]).encode()
+    file = client.files.create(file=("b.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    deadline = time.monotonic() + 20
+    while batch.status != "failed":
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+        batch = client.batches.retrieve(batch.id)
+    strictly(Batch, batch)
+    assert batch.errors is not None
+    assert [problem.line for problem in batch.errors.data or []] == [2, 3, 4, 5]
+    with pytest.raises(openai.BadRequestError, match="cannot be cancelled"):
+        client.batches.cancel(batch.id)
+    plain = upload(client)
+    with pytest.raises(openai.BadRequestError, match="must be 'batch'"):
+        client.batches.create(input_file_id=plain.id, endpoint="/v1/completions", completion_window="24h")
 
 
 def test_plain_completions(client: openai.OpenAI) -> None:

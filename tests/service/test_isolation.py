@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import pkgutil
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +13,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from running import BASE, Service, chat_rows, wait_for
 
+from luthier.service import routes
+
+ID_PATTERN = "^[A-Za-z0-9_-]+$"
+"""What bodies say of an id."""
 PLACES = re.compile(r"\{(\w+)(?::path)?\}")
 
 
@@ -29,6 +37,7 @@ def owned(service: Service) -> dict[str, str]:
     batch_file = client.files.create(file=("b.jsonl", json.dumps(lines).encode()), purpose="batch")
     batch = client.batches.create(input_file_id=batch_file.id, endpoint="/v1/completions", completion_window="24h")
     upload = client.uploads.create(bytes=9, filename="x.jsonl", mime_type="a/b", purpose="fine-tune")
+    part = client.uploads.parts.create(upload.id, data=b"x")
     checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].fine_tuned_model_checkpoint
     project = service.context.tenants.get("operator").id
     permission = client.fine_tuning.checkpoints.permissions.create(checkpoint, project_ids=[project]).data[0]
@@ -38,6 +47,7 @@ def owned(service: Service) -> dict[str, str]:
         "job_id": job.id,
         "batch_id": batch.id,
         "upload_id": upload.id,
+        "part_id": part.id,
         "checkpoint": checkpoint,
         "permission_id": permission.id,
         "model": str(done.fine_tuned_model),
@@ -54,12 +64,17 @@ def _body(method: str, path: str) -> dict[str, Any]:
     return {}
 
 
-def _routes(service: Service) -> Iterator[tuple[str, str]]:
+def _operations(service: Service) -> Iterator[tuple[str, str]]:
     document = httpx.get(f"{service.url}/openapi.json").json()
     for path, verbs in document["paths"].items():
+        for method in verbs:
+            yield method.upper(), path
+
+
+def _routes(service: Service) -> Iterator[tuple[str, str]]:
+    for method, path in _operations(service):
         if PLACES.search(path) and "/admin/" not in path:
-            for method in verbs:
-                yield method.upper(), path
+            yield method, path
 
 
 def _ask(service: Service, key: str, method: str, path: str, values: dict[str, str]) -> tuple[int, str]:
@@ -72,11 +87,11 @@ def _ask(service: Service, key: str, method: str, path: str, values: dict[str, s
 
 
 def test_another_tenants_things_answer_as_if_they_were_not_there(service: Service, owned: dict[str, str]) -> None:
-    routes = list(_routes(service))
-    assert len(routes) >= 20
+    known = list(_routes(service))
+    assert len(known) >= 20
     none = {name: re.sub(r"[A-Za-z0-9](?=[A-Za-z0-9]{0,7}$)", "0", value) for name, value in owned.items()}
     none["model"] = none["checkpoint"] = "ft:tiny:acme::00000000"
-    for method, path in routes:
+    for method, path in known:
         theirs = _ask(service, service.keys["other"], method, path, owned)
         nothing = _ask(service, service.keys["other"], method, path, none)
         assert theirs == nothing, f"{method} {path}"
@@ -84,8 +99,11 @@ def test_another_tenants_things_answer_as_if_they_were_not_there(service: Servic
 
 
 def test_ids_in_bodies_and_queries(service: Service, owned: dict[str, str], other: openai.OpenAI) -> None:
+    mine = other.files.create(file=("t.jsonl", chat_rows(12)), purpose="fine-tune").id
     calls: tuple[Any, ...] = (
         lambda: other.fine_tuning.jobs.create(model=BASE, training_file=owned["file_id"]),
+        lambda: other.fine_tuning.jobs.create(model=BASE, training_file=mine, validation_file=owned["file_id"]),
+        lambda: other.fine_tuning.jobs.create(model=owned["model"], training_file=mine),
         lambda: other.fine_tuning.jobs.create(model=owned["model"], training_file=owned["file_id"]),
         lambda: other.chat.completions.create(model=owned["model"], messages=[{"role": "user", "content": "x"}]),
         lambda: other.completions.create(model=owned["checkpoint"], prompt="x"),
@@ -101,14 +119,24 @@ def test_ids_in_bodies_and_queries(service: Service, owned: dict[str, str], othe
         with pytest.raises(openai.NotFoundError):
             call()
     assert other.fine_tuning.jobs.list().data == []
+    upload = other.uploads.create(bytes=1, filename="x.jsonl", mime_type="a/b", purpose="fine-tune")
+    theirs, nothing = (
+        httpx.post(
+            f"{service.url}/v1/uploads/{upload.id}/complete",
+            headers={"authorization": f"Bearer {service.keys['other']}"},
+            json={"part_ids": [part]},
+        ).text.replace(part, "ID")
+        for part in (owned["part_id"], "part_none")
+    )
+    assert theirs == nothing
     assert owned["model"] not in [model.id for model in other.models.list()]
 
 
 def test_the_operators_routes_need_the_admin_scope(service: Service) -> None:
     document = httpx.get(f"{service.url}/openapi.json").json()
-    routes = [(m.upper(), p) for p, verbs in document["paths"].items() if "/admin/" in p for m in verbs]
-    assert len(routes) >= 10
-    for method, path in routes:
+    known = [(m.upper(), p) for p, verbs in document["paths"].items() if "/admin/" in p for m in verbs]
+    assert len(known) >= 10
+    for method, path in known:
         url = service.url + PLACES.sub("x", path)
         body = (
             {"json": {"name": "x", "scopes": [], "trained": 0, "prompt": 0, "generated": 0}} if method == "POST" else {}
@@ -124,6 +152,59 @@ def test_every_route_needs_a_key(service: Service, owned: dict[str, str]) -> Non
     for method, path in _routes(service):
         status, _ = _ask(service, "sk-none", method, path, owned)
         assert status == 401, f"{method} {path}"
+    plain = [(verb, path) for verb, path in _operations(service) if not PLACES.search(path)]
+    assert len(plain) > 12
+    for method, path in plain:
+        status, text = _ask(service, "sk-none", method, path, {})
+        # Bodies are looked at first, and theirs are empty here.
+        is_open = path in ("/healthz", "/readyz", "/metrics")
+        assert status == 200 if is_open else status in (400, 401), f"{method} {path}: {text}"
+        assert status != 400 or method == "POST"
+
+
+def test_no_route_is_left_out(service: Service) -> None:
+    """What the tests here know is the document; it names every route that the modules of routes define."""
+    defined = {
+        (method, route.path.replace(":path}", "}"))
+        for module in pkgutil.iter_modules(routes.__path__)
+        for route in getattr(importlib.import_module(f"{routes.__name__}.{module.name}"), "router", APIRouter()).routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    assert defined == {(method, path.replace(":path}", "}")) for method, path in _operations(service)}
+
+
+NAMING = {
+    "JobCreate": {"model", "training_file", "validation_file"},
+    "BatchCreate": {"input_file_id"},
+    "UploadComplete": {"part_ids"},
+    "PermissionCreate": {"project_ids"},
+    "ChatCreate": {"model"},
+    "CompletionCreate": {"model"},
+    "PredictCreate": {"model"},
+}
+"""Fields of bodies that name things. `test_ids_in_bodies_and_queries` has them; a new one fails here until it does."""
+
+
+def test_every_field_that_names_a_thing_is_known_here(service: Service) -> None:
+    document = httpx.get(f"{service.url}/openapi.json").json()
+    found = {
+        name: {
+            field
+            for field, schema in kind.get("properties", {}).items()
+            if field == "model" or re.search(r"_ids?$|_file$", field) or ID_PATTERN in json.dumps(schema)
+        }
+        for name, kind in document["components"]["schemas"].items()
+    }
+    assert {name: fields - {"prompt_cache_key"} for name, fields in found.items() if fields} == NAMING
+    queries = {
+        parameter["name"]
+        for verbs in document["paths"].values()
+        for verb in verbs.values()
+        for parameter in verb.get("parameters", [])
+        if parameter["in"] == "query"
+    }
+    assert queries == {"after", "limit", "order", "purpose", "project_id", "days"}
 
 
 def test_keys_are_in_no_log_and_no_error(service: Service, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import openai
 import psutil
 import pytest
-from running import BASE, Service, chat_rows, make_context, serving, wait_for, working
+from running import BASE, Service, chat_rows, make_context, pair_rows, serving, wait_for, working
 from safetensors.torch import load as load_tensors
 
 from luthier.base.load import load_base
@@ -180,6 +181,32 @@ def test_layers_of_pefts_answer_from_a_worker_of_their_own(
         assert says.choices[0].logprobs != base_says.choices[0].logprobs
     with pytest.raises(openai.BadRequestError, match="layers of peft's"):
         tune(client, {"type": "lora", "rank": 2}, model=name)
+
+
+def test_preferences_are_learnt_by_a_method_that_owns_its_base(service: Service, tmp_path: Path) -> None:
+    client = client_of(service)
+    with working(service.context, tmp_path / "worker"):
+        file = client.files.create(file=("p.jsonl", pair_rows(20)), purpose="fine-tune")
+        dpo: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2, "batch_size": 4}}}
+        job = client.fine_tuning.jobs.create(
+            model=BASE,
+            training_file=file.id,
+            method=dpo,
+            extra_body={"luthier": {"method": "full", "validation": 0.2, "train": {"learning_rate": 5e-3}}},
+        )
+        done = wait_for(job.id, client, seconds=120)
+        assert done.status == "succeeded", done.error
+        assert done.method is not None
+        assert done.method.type == "dpo"
+        check_record(client, job.id)
+        steps = [e.data for e in client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"]
+        first, last = steps[-1], steps[0]
+        assert first["train_loss"] == pytest.approx(math.log(2), abs=1e-4)  # type: ignore[index]
+        assert last["train_loss"] < first["train_loss"]  # type: ignore[index]
+        assert 0 <= last["valid_mean_token_accuracy"] <= 1  # type: ignore[index]
+    name = str(done.fine_tuned_model)
+    with working(service.context, tmp_path / "own", weights=model_of(service, name).blob):
+        assert client.chat.completions.create(model=name, **ASK).choices
 
 
 def test_a_classifier_with_weights_of_its_own_predicts(service: Service, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +17,16 @@ import httpx
 import openai
 import pytest
 from running import BASE, Service, chat_rows, make_context, serving, wait_for, working
+from sqlalchemy import String, cast, select
 
 from luthier.errors import RunError
 from luthier.registry.backup import back_up, restore
-from luthier.registry.webhooks import address_problem
+from luthier.registry.webhooks import AddressError, permitted_address
+from luthier.registry.work import live_workers
+from luthier.service.background import pinned_request
+from luthier.service.wire import JsonLines
 from luthier.store.blobs import Blobs
+from luthier.store.tables import Table
 from luthier.worker.served_bases import ServedBases
 
 QUICK: dict[str, Any] = {"train": {"max_steps": 2, "checkpoint_every": 1}, "method": {"type": "lora", "rank": 2}}
@@ -102,7 +111,25 @@ def test_a_jobs_end_is_told_signed_and_again_until_it_is_heard(fresh: Service, e
     ],
 )
 def test_webhooks_go_to_no_private_address(url: str) -> None:
-    assert address_problem(url, may_be_private=False)
+    with pytest.raises(AddressError):
+        permitted_address(url, may_be_private=False)
+
+
+def test_a_webhooks_name_cannot_come_to_mean_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address that was looked at is the one that is called; name and certificate are still the URL's."""
+    meant = ["93.184.215.14", "169.254.169.254"]
+
+    def look_up(host: str, port: int, **_: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (meant.pop(0), port))]
+
+    monkeypatch.setattr("luthier.registry.webhooks.socket.getaddrinfo", look_up)
+    url = "https://hooks.example.com:8443/a?b=c"
+    request = pinned_request(url, permitted_address(url, may_be_private=False), {"webhook-id": "x"}, "{}")
+    assert str(request.url) == "https://93.184.215.14:8443/a?b=c"
+    assert request.headers["host"] == "hooks.example.com:8443"
+    assert request.extensions["sni_hostname"] == "hooks.example.com"
+    with pytest.raises(AddressError, match="private"):
+        permitted_address(url, may_be_private=False)
 
 
 def test_jobs_run_the_same_on_both_databases(fresh: Service, tmp_path: Path) -> None:
@@ -116,6 +143,34 @@ def test_jobs_run_the_same_on_both_databases(fresh: Service, tmp_path: Path) -> 
         )
         assert answer.choices
         assert client.fine_tuning.jobs.list(metadata={"a": "b"}).data == []
+
+
+def test_two_api_processes_are_one_service(fresh: Service, database_url: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """What one was told the other knows; they count requests together."""
+    fresh.context.tenants.update("acme", max_requests_per_minute=80)
+    beside = make_context(tmp_path / "data", tiny_llama, database_url)
+    with serving(beside) as second, working(fresh.context, tmp_path / "worker"):
+        second.keys = fresh.keys
+        one, two = client_of(fresh), client_of(second)
+        job = tune(one)
+        done = wait_until_ended(job.id, two)
+        answer = two.chat.completions.create(
+            model=str(done.fine_tuned_model), messages=[{"role": "user", "content": "red"}], max_tokens=3
+        )
+        assert answer.choices
+        with pytest.raises(openai.RateLimitError):
+            [client.models.list() for client in (one, two) * 90]  # the minute may turn in between
+
+
+def wait_until_ended(job: str, client: openai.OpenAI) -> Any:
+    """As `wait_for`, with few requests."""
+    for _ in range(60):
+        found = client.fine_tuning.jobs.retrieve(job)
+        if found.status in ("succeeded", "failed"):
+            break
+        time.sleep(1.0)
+    assert found.status == "succeeded", found.error
+    return found
 
 
 def test_a_worker_that_is_asked_to_end_saves_its_jobs(fresh: Service, tmp_path: Path) -> None:
@@ -180,6 +235,62 @@ def test_adapters_beyond_the_room_come_and_go(fresh: Service, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_an_idle_worker_gives_its_base_back(fresh: Service, tmp_path: Path) -> None:
+    client = client_of(fresh)
+    ask: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
+    for folder in ("one", "two"):  # it goes, and another comes when it is asked for
+        with working(fresh.context, tmp_path / folder, idle_seconds=0.5):
+            assert client.chat.completions.create(**ask).choices
+            deadline = time.monotonic() + 20
+            while num_workers(fresh):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert not (tmp_path / folder).exists(), "nothing is left behind"
+
+
+def num_workers(service: Service) -> int:
+    with service.context.database.reading() as session:
+        return len(live_workers(session, None, service.context.database.now(session)))
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_what_is_logged_of_a_request_has_its_id(fresh: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """Also what is logged in the middle of it, and of a defect."""
+    client = client_of(fresh)
+    file = client.files.create(file=("t.jsonl", chat_rows(3)), purpose="fine-tune")
+    fresh.context.blobs.delete(fresh.context.files.get(fresh.context.tenants.get("acme").id, file.id).blob)
+    lines: list[dict[str, Any]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(json.loads(JsonLines().format(record)))  # type: ignore[method-assign]
+    logger = logging.getLogger("luthier")
+    logger.addHandler(handler)
+    try:
+        with caplog.at_level(logging.INFO), pytest.raises(openai.InternalServerError) as lost:
+            client.files.content(file.id)
+        time.sleep(0.1)  # the line of a request follows its answer
+    finally:
+        logger.removeHandler(handler)
+    assert lost.value.status_code == 503
+    own = [line for line in lines if line.get("request_id") == lost.value.request_id]
+    assert [line["message"] for line in own] == ["request failed", "request"]
+    assert "is not there" in own[0]["problem"]
+    assert (own[1]["method"], own[1]["route"], own[1]["status"]) == ("GET", "/v1/files/{file_id}/content", 503)
+    assert own[1]["tenant"] == fresh.context.tenants.get("acme").id
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_service_without_its_storage_is_not_ready(fresh: Service) -> None:
+    root = fresh.context.blobs.folder
+    assert root is not None
+    assert httpx.get(f"{fresh.url}/readyz").status_code == 200
+    shutil.rmtree(root, ignore_errors=True)
+    root.write_bytes(b"in the way")
+    answer = httpx.get(f"{fresh.url}/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"status": "not ready", "failing": ["storage"]})
+    assert httpx.get(f"{fresh.url}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_backup_and_restore(fresh: Service, tmp_path: Path) -> None:
     client = client_of(fresh)
     with working(fresh.context, tmp_path / "worker"):
@@ -205,25 +316,32 @@ def test_a_tenants_data_is_erased_for_good(fresh: Service, tmp_path: Path) -> No
     fresh.tenant("operator", ("admin",))
     gone, stays, operator = (client_of(fresh, name) for name in ("acme", "stays", "operator"))
     kept = stays.files.create(file=("k.jsonl", b"kept-text"), purpose="fine-tune")
-    with working(fresh.context, tmp_path / "worker"):
+    gone.files.create(file=("a-telling-name.jsonl", b"telling-text"), purpose="fine-tune")
+    tenant = fresh.context.tenants.get("acme").id
+    with working(fresh.context, tmp_path / "worker") as worker:
         done = wait_for(tune(gone).id, gone)
         assert done.status == "succeeded"
-    tenant = fresh.context.tenants.get("acme").id
-    operator.delete(f"/luthier/admin/tenants/{tenant}", cast_to=httpx.Response)
+        ask: dict[str, Any] = {"messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
+        assert gone.chat.completions.create(model=str(done.fine_tuned_model), **ask).choices
+        assert list((tmp_path / "worker" / "adapters").iterdir())
+        operator.delete(f"/luthier/admin/tenants/{tenant}", cast_to=httpx.Response)
+        deadline = time.monotonic() + 20
+        while list((tmp_path / "worker" / "adapters").iterdir()) or worker._tenants():
+            assert time.monotonic() < deadline, "a worker forgets what it has of a tenant that is no more"
+            time.sleep(0.05)
     with pytest.raises(openai.AuthenticationError):
         gone.models.list()
     root = fresh.context.blobs.folder
     assert root is not None
     assert not (root / "tenants" / tenant).exists()
     assert stays.files.content(kept.id).read() == b"kept-text"
-    from sqlalchemy import String, cast, select
-
-    from luthier.store.tables import Table
-
     with fresh.context.database.reading() as session:
         for table in Table.metadata.sorted_tables:
             for row in session.execute(select(*(cast(column, String) for column in table.columns))):
                 assert tenant not in str(row), table.name
+    for path in (tmp_path / "data").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert not any(mark in content for mark in (b"a-telling-name", b"telling-text", tenant.encode())), path
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -241,7 +359,36 @@ def test_the_content_filter_stops_prompts_and_replies(tiny_llama: Path, tmp_path
             model=BASE, messages=[{"role": "user", "content": "x"}], response_format=form, max_tokens=60
         )
         assert answer.choices[0].finish_reason == "content_filter"
+        ask: dict[str, Any] = {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": form,
+            "max_tokens": 60,
+        }
+        stream = list(client.chat.completions.create(model=BASE, **ask, stream=True))
+        assert stream[-1].choices[0].finish_reason == "content_filter"
+        assert "secretword" not in "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert "secretword" not in (answer.choices[0].message.content or "")
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_quotas_hold_over_the_surface(fresh: Service, tmp_path: Path) -> None:
+    """Storage, running jobs and trained tokens a day; requests a minute stand in test_contract.py."""
+    fresh.tenant("bound", max_storage_bytes=20_000_000, max_running_jobs=1, max_trained_tokens_per_day=600)
+    client = client_of(fresh, "bound")
+    with pytest.raises(openai.RateLimitError, match="storage quota") as refused:
+        client.uploads.create(bytes=20_000_001, filename="x.jsonl", mime_type="a/b", purpose="fine-tune")
+    assert refused.value.code == "storage_quota_exceeded"
+    with working(fresh.context, tmp_path / "worker"):
+        first, second = (tune(client, {"train": {"epochs": 50.0}}, seed=n) for n in range(2))
+        deadline = time.monotonic() + 30
+        while not [e for e in client.fine_tuning.jobs.list_events(first.id, limit=100).data if e.level == "warn"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert client.fine_tuning.jobs.retrieve(first.id).status == "queued"
+        waiting = client.fine_tuning.jobs.retrieve(second.id)
+        assert (waiting.status, waiting.to_dict()["luthier"]["step"]) == ("queued", 0)  # type: ignore[index]
+    trained = sum(row["trained_tokens"] for row in client.get("/luthier/usage", cast_to=httpx.Response).json()["data"])
+    assert 600 <= trained < 1200
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -27,6 +27,11 @@ def test_tenants_and_keys_are_made_listed_and_ended(run: Run, service: Service, 
     row = service.context.tenants.get("remote")
     assert (row.id, row.weight, row.max_running_jobs) == (tenant, 2.0, 3)
     assert f"{tenant}  remote  weight 2" in run("tenants", "list").stdout
+    changed = run("tenants", "update", "remote", "--requests-per-minute", "9", "--unlimited", "running-jobs")
+    assert changed.stdout.strip() == tenant
+    row = service.context.tenants.get("remote")
+    assert (row.weight, row.max_running_jobs, row.max_requests_per_minute) == (2.0, None, 9)
+    assert "storage-bytes" in str(run("tenants", "update", "remote", "--unlimited", "x").exception)
     key, text = run("keys", "create", "remote", "--scope", "infer", "--days", "1").stdout.split()
     assert service.context.tenants.authenticate(text).tenant == tenant
     rotated, _ = run("keys", "rotate", key).stdout.split()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from luthier.registry.problems import InvalidRequestError
+from luthier.registry.problems import InvalidRequestError, MissingError
 from luthier.service.bodies import JobCreate
 from luthier.service.specs import PREFERENCE_LEARNING_RATE, read_wish
 
@@ -47,8 +47,6 @@ def test_what_is_given_wins() -> None:
         ({"luthier": {"output": "/tmp/x"}}, "not a field"),
         ({"luthier": {"train": 5}}, "train"),
         ({"luthier": {"task": {"type": "chat", "system": 5}}}, "task"),
-        ({"luthier": {"task": {"type": "classification", "head": "words"}}}, "head: words is not served"),
-        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "not served"),
         ({"method": {"type": "dpo"}, "luthier": {"task": "chat"}}, "dpo goes with the task preference"),
         ({"method": {"type": "supervised"}, "luthier": {"task": "preference"}}, "dpo goes with the task preference"),
         ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo is given"),
@@ -72,6 +70,11 @@ def test_what_is_given_wins() -> None:
 def test_what_does_not_hold(values: dict[str, Any], what: str) -> None:
     with pytest.raises(InvalidRequestError, match=what):
         wish(**values)
+
+
+def test_reinforcement_is_not_there() -> None:
+    with pytest.raises(MissingError, match="not served"):
+        wish(method={"type": "reinforcement", "reinforcement": {}})
 
 
 @pytest.mark.parametrize(

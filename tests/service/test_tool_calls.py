@@ -17,6 +17,13 @@ def read(text: str, size: int) -> list[Piece]:
     return pieces + reader.finish()
 
 
+def test_of_several_calls_one_alone_may_be_taken() -> None:
+    reader = ToolCallReader(max_calls=1)
+    pieces = [piece for char in "so " + CALL + CALL + " and more" for piece in reader.add(char)] + reader.finish()
+    assert "".join(piece.text for piece in pieces) == "so "
+    assert sum(piece.call is not None for piece in pieces) == 1
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 11, 1000])
 @pytest.mark.parametrize(
     ("text", "content", "num_calls"),

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json as json_module
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from luthier.cli.console import err, print_json
+from luthier.cli.local_runs import RUN_ENDS, local_events, local_run, local_runs, stop_run
+from luthier.cli.train import train_command
 from luthier.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from luthier.client.api import Server
 
 END_STATUSES = ("succeeded", "failed", "cancelled")
-RUN_ENDS = ("done", "failed", "interrupted")
 POLL_SECONDS = 1.0
 
 jobs_app = typer.Typer(
@@ -98,7 +98,7 @@ def create_job(
 def list_jobs(context: typer.Context, limit: int = 20, runs: Runs = "runs", json: AsJson = False) -> None:
     """Jobs, newest first."""
     server = server_of(context)
-    rows = list(_local_runs(Path(runs)) if server is None else server.pages("/fine_tuning/jobs", limit))
+    rows = list(local_runs(Path(runs)) if server is None else server.pages("/fine_tuning/jobs", limit))
     if json:
         print_json(rows)
         return
@@ -110,7 +110,7 @@ def list_jobs(context: typer.Context, limit: int = 20, runs: Runs = "runs", json
 def show_job(context: typer.Context, job: str) -> None:
     """All that is known about a job."""
     server = server_of(context)
-    print_json(_local_run(Path(job)) if server is None else server.get(f"/fine_tuning/jobs/{job}"))
+    print_json(local_run(Path(job)) if server is None else server.get(f"/fine_tuning/jobs/{job}"))
 
 
 @jobs_app.command("watch")
@@ -126,26 +126,37 @@ def watch_job(context: typer.Context, job: str) -> None:
 @jobs_app.command("events")
 def list_events(context: typer.Context, job: str, limit: int = 50) -> None:
     """What happened to a job, oldest first."""
-    for event in reversed(list(need_server(context).pages(f"/fine_tuning/jobs/{job}/events", limit))):
+    server = server_of(context)
+    if server is None:
+        print("\n".join(local_events(Path(job), limit)))
+        return
+    for event in reversed(list(server.pages(f"/fine_tuning/jobs/{job}/events", limit))):
         print(f"{event['created_at']}  {event['level']:5}  {event['message']}")
 
 
 @jobs_app.command("cancel")
 def cancel_job(context: typer.Context, job: str) -> None:
-    """End a job."""
-    print(need_server(context).post(f"/fine_tuning/jobs/{job}/cancel")["status"])
+    """End a job. A run here is saved where it stands, and its process ends."""
+    server = server_of(context)
+    print(stop_run(Path(job)) if server is None else server.post(f"/fine_tuning/jobs/{job}/cancel")["status"])
 
 
 @jobs_app.command("pause")
 def pause_job(context: typer.Context, job: str) -> None:
-    """Let a job rest."""
-    print(need_server(context).post(f"/fine_tuning/jobs/{job}/pause")["status"])
+    """Let a job rest. A run here is saved where it stands, and its process ends."""
+    server = server_of(context)
+    print(stop_run(Path(job)) if server is None else server.post(f"/fine_tuning/jobs/{job}/pause")["status"])
 
 
 @jobs_app.command("resume")
 def resume_job(context: typer.Context, job: str) -> None:
-    """Let a paused job go on."""
-    print(need_server(context).post(f"/fine_tuning/jobs/{job}/resume")["status"])
+    """Let a paused job go on; a run here in this terminal, as `luthier train --resume` does."""
+    server = server_of(context)
+    if server is None:
+        local_run(Path(job))
+        train_command([str(Path(job) / "recipe.yaml")], resume=True)
+    else:
+        print(server.post(f"/fine_tuning/jobs/{job}/resume")["status"])
 
 
 @files_app.command("upload")
@@ -213,7 +224,7 @@ def _watch_run(folder: Path) -> None:
     with _bar() as bar:
         task = bar.add_task("waiting", total=None)
         while True:
-            run = _local_run(folder)
+            run = local_run(folder)
             bar.update(task, description=run["status"], completed=run["step"])
             if run["status"] in RUN_ENDS:
                 break
@@ -221,27 +232,3 @@ def _watch_run(folder: Path) -> None:
     if run["status"] == "failed":
         raise RunError(f"{folder} failed: {run.get('problem')}")
     print(folder / "adapter" if run["status"] == "done" else run["status"])
-
-
-def _local_runs(folder: Path) -> Iterator[dict[str, Any]]:
-    found = sorted(folder.glob("*/state.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in found:
-        yield _local_run(path.parent)
-
-
-def _local_run(folder: Path) -> dict[str, Any]:
-    """A run folder's state and its last step."""
-    try:
-        state = json_module.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise RunError(f"{folder} holds no run", "a folder that `luthier train` wrote") from None
-    step = int(state.get("step") or 0)
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists():
-        for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
-            try:
-                step = max(step, int(json_module.loads(line)["step"]))
-                break
-            except (ValueError, KeyError):
-                continue  # the line that is being written
-    return {"id": str(folder), **state, "step": step}

@@ -23,6 +23,8 @@ class Operator(Protocol):
 
     def create_tenant(self, name: str, weight: float, quotas: dict[str, int | None]) -> dict[str, Any]: ...
 
+    def update_tenant(self, tenant: str, weight: float | None, quotas: dict[str, int | None]) -> dict[str, Any]: ...
+
     def tenants(self) -> list[dict[str, Any]]: ...
 
     def erase(self, tenant: str) -> None: ...
@@ -71,6 +73,9 @@ class Store:
     def create_tenant(self, name: str, weight: float, quotas: dict[str, int | None]) -> dict[str, Any]:
         return _fields(self._context.tenants.create(name, weight, **quotas), "id", "name", "weight")
 
+    def update_tenant(self, tenant: str, weight: float | None, quotas: dict[str, int | None]) -> dict[str, Any]:
+        return _fields(self._context.tenants.update(tenant, weight, **quotas), "id", "name", "weight")
+
     def tenants(self) -> list[dict[str, Any]]:
         return [_fields(row, "id", "name", "weight") for row in self._context.tenants.all()]
 
@@ -109,6 +114,10 @@ class Remote:
 
     def create_tenant(self, name: str, weight: float, quotas: dict[str, int | None]) -> dict[str, Any]:
         return self._server.post(f"{ADMIN}/tenants", {"name": name, "weight": weight, **quotas})
+
+    def update_tenant(self, tenant: str, weight: float | None, quotas: dict[str, int | None]) -> dict[str, Any]:
+        body = quotas if weight is None else {"weight": weight, **quotas}
+        return self._server.post(f"{ADMIN}/tenants/{_part(tenant)}", body)
 
     def tenants(self) -> list[dict[str, Any]]:
         return list(self._server.get(f"{ADMIN}/tenants")["data"])

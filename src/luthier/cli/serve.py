@@ -203,6 +203,7 @@ def _log_json() -> None:
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    root = logging.getLogger("luthier")
-    root.handlers, root.propagate = [handler], False
-    root.setLevel(logging.INFO)
+    for name, level in (("luthier", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)

@@ -11,6 +11,7 @@ import typer
 from luthier.cli.console import print_json
 from luthier.cli.operator import operator_of, refuse_server
 from luthier.cli.serve import Data, open_context
+from luthier.errors import RecipeError
 
 tenants_app = typer.Typer(
     help="Tenants of a server (--server URL), or of the service on this machine.", no_args_is_help=True
@@ -33,13 +34,34 @@ def create_tenant(
     data: Data = None,
 ) -> None:
     """A new tenant."""
-    quotas = {
-        "max_storage_bytes": storage_bytes,
-        "max_running_jobs": running_jobs,
-        "max_trained_tokens_per_day": trained_tokens_per_day,
-        "max_requests_per_minute": requests_per_minute,
-    }
+    quotas = _quotas(storage_bytes, running_jobs, trained_tokens_per_day, requests_per_minute)
     print(operator_of(context, data).create_tenant(name, weight, quotas)["id"])
+
+
+@tenants_app.command("update")
+def update_tenant(
+    context: typer.Context,
+    tenant: str,
+    weight: Annotated[float | None, typer.Option(help="Share of the workers against the others'.")] = None,
+    storage_bytes: Quota = None,
+    running_jobs: Quota = None,
+    trained_tokens_per_day: Quota = None,
+    requests_per_minute: Quota = None,
+    unlimited: Annotated[
+        list[str] | None, typer.Option("--unlimited", metavar="QUOTA", help="Take this quota away; may be repeated.")
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Change a tenant's weight and quotas; what is not named stays."""
+    given = _quotas(storage_bytes, running_jobs, trained_tokens_per_day, requests_per_minute)
+    changes: dict[str, int | None] = {name: value for name, value in given.items() if value is not None}
+    for name in unlimited or []:
+        quota = f"max_{name.replace('-', '_')}"
+        if quota not in given:
+            known = ", ".join(known.removeprefix("max_").replace("_", "-") for known in given)
+            raise RecipeError(f"--unlimited {name} is no quota", f"one of {known}")
+        changes[quota] = None
+    print(operator_of(context, data).update_tenant(tenant, weight, changes)["id"])
 
 
 @tenants_app.command("list")
@@ -152,6 +174,21 @@ def restore_command(
     settings = read_service_settings(data)
     restore(source, settings.database_url, Blobs(settings.storage, dict(settings.storage_options)))
     print(f"{settings.data_folder} holds what {source} held.")
+
+
+def _quotas(
+    storage_bytes: int | None,
+    running_jobs: int | None,
+    trained_tokens_per_day: int | None,
+    requests_per_minute: int | None,
+) -> dict[str, int | None]:
+    """By the names of the store."""
+    return {
+        "max_storage_bytes": storage_bytes,
+        "max_running_jobs": running_jobs,
+        "max_trained_tokens_per_day": trained_tokens_per_day,
+        "max_requests_per_minute": requests_per_minute,
+    }
 
 
 def _day(seconds: int) -> str:

@@ -35,6 +35,7 @@ class StepReport:
         learning_rate, grad_norm: As used, and before clipping.
         num_tokens, num_supervised_tokens: Of the optimizer batch.
         seconds: Wall time of the forwards that the job took part in, shared out by tokens, and of its step.
+        accuracy: Share of what the optimizer batch judges that was right before the step, as `SlotReport` counts it.
     """
 
     job: str
@@ -46,6 +47,7 @@ class StepReport:
     num_tokens: int
     num_supervised_tokens: int
     seconds: float
+    accuracy: float
 
 
 State = Literal["running", "paused", "done", "failed", "stopped"]
@@ -153,6 +155,8 @@ class TrainingJob:
             totals.weight_sum + report.weight_sum,
             totals.num_tokens + report.num_tokens,
             totals.num_supervised_tokens + report.num_supervised_tokens,
+            totals.num_right + report.num_right,
+            totals.num_judged + report.num_judged,
         )
         self._seconds += seconds
 
@@ -238,6 +242,7 @@ class TrainingJob:
             totals.num_tokens,
             totals.num_supervised_tokens,
             seconds,
+            totals.num_right / max(1, totals.num_judged),
         )
 
     # -- within a step

@@ -14,7 +14,7 @@ from luthier.engine.step import SlotReport
 BUCKET_BYTES = 64 * 2**20
 """Gradients are summed in pieces of about this size: a slot of the bank in one, a whole model without a second copy."""
 
-_NUM_TOTALS = 4
+_NUM_TOTALS = 6
 
 
 def share_by_tokens(lengths: Sequence[int], loads: list[int]) -> list[list[int]]:
@@ -51,8 +51,8 @@ def sum_batches(ranks: Ranks, jobs: Sequence[TrainingJob]) -> None:
     table = torch.cat(rows)
     ranks.sum_(table)
     for job, found, row in zip(jobs, pieces, table.split([len(row) for row in rows]), strict=True):
-        nll, weight, num_tokens, num_supervised = row[:_NUM_TOTALS].tolist()
-        job.take_totals(SlotReport(nll, weight, int(num_tokens), int(num_supervised)))
+        nll, weight, num_tokens, num_supervised, right, judged = row[:_NUM_TOTALS].tolist()
+        job.take_totals(SlotReport(nll, weight, int(num_tokens), int(num_supervised), right, int(judged)))
         trained = [p for p, count in zip(found, row[_NUM_TOTALS:].tolist(), strict=True) if count > 0]
         sum_gradients(ranks, trained)
 
@@ -74,8 +74,9 @@ def sum_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _totals_row(totals: SlotReport, pieces: Sequence[nn.Parameter]) -> Tensor:
-    """float64 [4 + pieces]: what was accumulated, and which parameters have a gradient."""
+    """float64 [6 + pieces]: what was accumulated, and which parameters have a gradient."""
     numbers = [totals.nll_sum, totals.weight_sum, totals.num_tokens, totals.num_supervised_tokens]
+    numbers += [totals.num_right, totals.num_judged]
     return torch.tensor([*numbers, *(piece.grad is not None for piece in pieces)], dtype=torch.float64)
 
 

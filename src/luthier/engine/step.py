@@ -20,7 +20,7 @@ from luthier.engine.graphs import StepGraphs
 from luthier.engine.pack import PackedBatch, PackedPairs, Segment
 from luthier.objectives.language_modelling import TokenScores, frozen_head_nll, next_token_nll_reference
 from luthier.objectives.multilabel_head import flags_nll
-from luthier.objectives.preference import PairScores, preference_loss, side_logprobs
+from luthier.objectives.preference import PairScores, preference_loss, prefers_chosen, side_logprobs
 from luthier.objectives.sequence_head import class_logits, class_nll
 from luthier.objectives.trained_head import trained_head_nll
 from luthier.types import HeadKind
@@ -35,12 +35,16 @@ class SlotReport:
         weight_sum: Sum of the weights (or the number of classes that were to be read, or of pairs).
         num_tokens: Tokens that the slot put through the base.
         num_supervised_tokens: Positions that carried loss.
+        num_right, num_judged: What accuracy is made of: targets (tokens, classes, tags, sets of labels) that the
+            likeliest prediction hits, of all; of pairs those whose better side it prefers, one of neither as half.
     """
 
     nll_sum: float
     weight_sum: float
     num_tokens: int
     num_supervised_tokens: int
+    num_right: float = 0.0
+    num_judged: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,23 +200,6 @@ def class_probabilities(logits_CK: Tensor, kind: HeadKind) -> Tensor:
     return logits_CK.float().sigmoid() if kind == "multilabel" else logits_CK.float().softmax(dim=-1)
 
 
-@torch.inference_mode()
-def head_probabilities(base: Base, batch: PackedBatch) -> Tensor:
-    """float32 [C, K]: what a head says of the batch's sequences, all of one slot with a head of whole sequences.
-
-    Raises:
-        ValueError: for a slot without a head, or sequences of several slots.
-    """
-    slots = {segment.slot for segment in batch.class_segments}
-    slot = base.bank.slots.get(next(iter(slots))) if len(slots) == 1 else None
-    if slot is None or slot.head is None:
-        raise ValueError("class probabilities are of one slot with a sequence head")
-    with base.bank.routed(base.routing(batch, training=False)):
-        hidden_TD = base.forward(batch, only_scored=True).hidden_TD
-    logits_CK = class_logits(hidden_TD[batch.class_at_C], slot.head.weight, slot.head.bias)
-    return class_probabilities(logits_CK, slot.spec.head)
-
-
 def _scores(base: Base, batch: PackedBatch) -> _Scores:
     has_tokens = batch.target_at_P.numel() > 0
     result = base.forward(batch, keep=batch.target_at_P if has_tokens else None, only_scored=True)
@@ -308,33 +295,47 @@ def _slot_reports(batch: PackedBatch, found: _Scores) -> dict[int, SlotReport]:
     nll: dict[int, float] = {}
     weight: dict[int, float] = {}
     count: dict[int, int] = {}
+    right: dict[int, float] = {}
+    judged: dict[int, int] = {}
     # One read for all slots: every read waits for the device.
     if tokens is not None:
-        weighted_P = tokens.nll_P.detach().double() * batch.target_weight_P
-        sums_2S = torch.stack(
-            [_segment_sums(part, batch.target_segments) for part in (weighted_P, batch.target_weight_P.double())]
-        )
-        for segment, nll_sum, weight_sum in zip(batch.target_segments, *sums_2S.tolist(), strict=True):
-            nll[segment.slot], weight[segment.slot] = nll_sum, weight_sum
-            count[segment.slot] = segment.end - segment.start
+        weight_P = batch.target_weight_P.double()
+        values = (tokens.nll_P.detach().double() * weight_P, weight_P, tokens.is_correct_P.double())
+        sums_3S = torch.stack([_segment_sums(part, batch.target_segments) for part in values])
+        for segment, nll_sum, weight_sum, correct in zip(batch.target_segments, *sums_3S.tolist(), strict=True):
+            nll[segment.slot], weight[segment.slot], right[segment.slot] = nll_sum, weight_sum, correct
+            count[segment.slot] = judged[segment.slot] = segment.end - segment.start
     if found.classes is not None:
-        sums_S = _segment_sums(found.classes.scores.nll_P.detach().double(), batch.class_segments)
-        for segment, part in zip(batch.class_segments, sums_S.tolist(), strict=True):
+        scores = found.classes.scores
+        sums_2S = torch.stack(
+            [
+                _segment_sums(part, batch.class_segments)
+                for part in (scores.nll_P.detach().double(), scores.is_correct_P.double())
+            ]
+        )
+        for segment, part, correct in zip(batch.class_segments, *sums_2S.tolist(), strict=True):
             size = segment.end - segment.start
             nll[segment.slot] = nll.get(segment.slot, 0.0) + part
             weight[segment.slot] = weight.get(segment.slot, 0.0) + size
             count[segment.slot] = count.get(segment.slot, 0) + size
+            right[segment.slot] = right.get(segment.slot, 0.0) + correct
+            judged[segment.slot] = judged.get(segment.slot, 0) + size
     if found.pairs is not None and batch.pairs is not None:
-        sums_S = _segment_sums(found.pairs.loss_M.detach(), batch.pairs.segments)
-        for segment, part in zip(batch.pairs.segments, sums_S.tolist(), strict=True):
+        pair_values = (found.pairs.loss_M.detach(), prefers_chosen(found.pairs.reward_margin_M))
+        sums_2S = torch.stack([_segment_sums(part, batch.pairs.segments) for part in pair_values])
+        for segment, part, preferred in zip(batch.pairs.segments, *sums_2S.tolist(), strict=True):
+            size = segment.end - segment.start
             nll[segment.slot] = nll.get(segment.slot, 0.0) + part
-            weight[segment.slot] = weight.get(segment.slot, 0.0) + segment.end - segment.start
+            weight[segment.slot] = weight.get(segment.slot, 0.0) + size
+            right[segment.slot], judged[segment.slot] = preferred, size  # in place of the tokens of their sides
     return {
         segment.slot: SlotReport(
             nll.get(segment.slot, 0.0),
             weight.get(segment.slot, 0.0),
             segment.end - segment.start,
             count.get(segment.slot, 0),
+            right.get(segment.slot, 0.0),
+            judged.get(segment.slot, 0),
         )
         for segment in batch.segments
     }

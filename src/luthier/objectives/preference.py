@@ -20,6 +20,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+ROUNDING = 1e-5
+"""Rewards this close are equal: log-probabilities are sums of hundreds of nats in float32, and training begins where
+model and reference are one."""
+
 
 @dataclass(frozen=True, slots=True)
 class PairScores:
@@ -54,3 +58,8 @@ def preference_loss(logprobs_M2: Tensor, reference_M: Tensor, beta_M: Tensor, sm
     reward_margin_M = beta_M * (logprobs_M2[:, 0] - logprobs_M2[:, 1] - reference_M)
     right_M, wrong_M = F.logsigmoid(reward_margin_M), F.logsigmoid(-reward_margin_M)
     return PairScores(-(1 - smoothing_M) * right_M - smoothing_M * wrong_M, logprobs_M2, reward_margin_M)
+
+
+def prefers_chosen(reward_margin_M: Tensor) -> Tensor:
+    """float64 [M]: 1 where the chosen side has the larger implicit reward, 0 where the rejected, 1/2 where neither."""
+    return 0.5 + 0.5 * reward_margin_M.detach().double().sign() * (reward_margin_M.detach().abs() > ROUNDING)

@@ -7,13 +7,12 @@ from typing import Any
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from luthier.registry.files import Page
+from luthier.registry.files import OPEN_BATCHES, Page
 from luthier.registry.problems import InvalidRequestError, missing
 from luthier.store.database import Database, locking, new_id, now_seconds
 from luthier.store.tables import Batch, BatchLine
 
 LIFE_SECONDS = 86_400
-OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 
 
 class Batches:
@@ -72,7 +71,7 @@ class Batches:
         with self._database.writing() as session:
             now = self._database.now(session)
             is_free = or_(Batch.holder.is_(None), Batch.lease_until < now)
-            query = select(Batch).where(Batch.status.in_(OPEN), is_free).order_by(Batch.seq).limit(1)
+            query = select(Batch).where(Batch.status.in_(OPEN_BATCHES), is_free).order_by(Batch.seq).limit(1)
             row = session.scalar(locking(query, skip_locked=True))
             if row is not None:
                 row.holder, row.lease_until = holder, now + lease_seconds
@@ -119,7 +118,7 @@ class Batches:
             row.times = {**row.times, f"{status}_at": now_seconds()}
             for name, value in values.items():
                 setattr(row, name, value)
-            if status not in OPEN:
+            if status not in OPEN_BATCHES:
                 row.holder = row.lease_until = None
 
 

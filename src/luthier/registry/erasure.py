@@ -59,3 +59,4 @@ def erase_tenant(database: Database, blobs: Blobs, tenant: str) -> None:
             session.execute(delete(table).where(table.tenant == row.id))
         session.delete(row)
     blobs.delete(f"tenants/{row.id}")
+    database.forget_log()

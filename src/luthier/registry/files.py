@@ -24,6 +24,8 @@ MAX_FILE_BYTES = 512 * 2**20
 MAX_UPLOAD_BYTES = 8 * 2**30
 MAX_PART_BYTES = 64 * 2**20
 UPLOAD_LIFE_SECONDS = 3600
+OPEN_BATCHES = ("validating", "in_progress", "finalizing", "cancelling")
+"""Statuses of batches that still need their input."""
 MIN_EXPIRY_SECONDS, MAX_EXPIRY_SECONDS = 3_600, 2_592_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -130,7 +132,7 @@ class Files:
                 (Job.training_file == file) | (Job.validation_file == file),
             )
             running = select(Batch.id).where(
-                Batch.tenant == tenant, Batch.input_file == file, Batch.status.in_(("validating", "in_progress"))
+                Batch.tenant == tenant, Batch.input_file == file, Batch.status.in_(OPEN_BATCHES)
             )
             user = session.scalar(users) or session.scalar(running)
             if user is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -24,13 +25,13 @@ class Servable:
         name: As it was asked for.
         base: What a worker must hold to answer.
         adapter: Key prefix of the adapter's files; None for what the worker holds as it is.
-        task: What it was tuned for; "chat" for a base.
+        task: What it was tuned for, as its job's spec has it; None for a base.
     """
 
     name: str
     base: HeldBase
     adapter: str | None
-    task: str
+    task: dict[str, Any] | None
 
 
 class Models:
@@ -59,9 +60,9 @@ class Models:
             MissingError: where there is none.
         """
         with self._database.reading() as session:
-            model = session.scalar(select(Model).where(Model.id == name))
-            if model is not None and self._may_use(session, tenant, model.tenant, name):
-                return _servable(model)
+            tuned = session.execute(select(Model, Job).join(Job, Job.id == Model.job).where(Model.id == name)).first()
+            if tuned is not None and self._may_use(session, tenant, tuned[0].tenant, name):
+                return _servable(*tuned)
             found = session.execute(
                 select(Checkpoint, Job).join(Job, Job.id == Checkpoint.job).where(Checkpoint.model == name)
             ).first()
@@ -69,7 +70,7 @@ class Models:
                 checkpoint, job = found
                 if checkpoint.blob is not None and self._may_use(session, tenant, checkpoint.tenant, name):
                     _check_answers(job, name)
-                    return Servable(name, job.held_base, checkpoint.blob, job.spec["task"]["type"])
+                    return Servable(name, job.held_base, checkpoint.blob, job.spec["task"])
         raise no_such_model(name)
 
     def delete(self, tenant: str, name: str) -> None:
@@ -108,11 +109,11 @@ class Models:
         return session.scalar(query) is not None
 
 
-def _servable(model: Model) -> Servable:
+def _servable(model: Model, job: Job) -> Servable:
     """An adapter answers on what it was trained over; anything else is what a worker of its own holds."""
     if model.form == "adapter":
-        return Servable(model.id, model.held_base, model.blob, model.task)
-    return Servable(model.id, HeldBase(model.base, weights=model.blob), None, model.task)
+        return Servable(model.id, model.held_base, model.blob, job.spec["task"])
+    return Servable(model.id, HeldBase(model.base, weights=model.blob), None, job.spec["task"])
 
 
 def _check_answers(job: Job, name: str) -> None:

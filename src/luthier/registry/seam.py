@@ -12,7 +12,7 @@ Nothing here imports torch, SQL or HTTP. `luthier.registry.work.StoredWork` impl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -162,6 +162,9 @@ class WorkRecord(Protocol):
     def heartbeat(self, worker: str, lease_seconds: float) -> dict[str, Wish]:
         """Renew the worker's lease and those of its jobs; returns what is asked of jobs that it holds, by job id."""
 
+    def erased(self, tenants: Collection[str]) -> set[str]:
+        """Which of these tenants are no more, so that a worker forgets what it has of them."""
+
     def leave(self, worker: str) -> None:
         """The worker is gone; what it still held may be claimed by others at once."""
 
@@ -235,7 +238,8 @@ class SampleEvent:
         text: Text that became certain.
         logprobs: Entries {token, bytes, logprob, top} for the tokens behind it, where asked for.
         finish_reason: Set on the choice's last event.
-        num_prompt_tokens, num_tokens: Set on the last event.
+        num_prompt_tokens, num_tokens: Of the prompt, and of this choice's reply so far: a reply that is broken off is
+            billed by them.
         problem: Why the reply could not be made; the stream ends with it.
         status: HTTP status that goes with the problem.
     """
@@ -248,3 +252,34 @@ class SampleEvent:
     num_tokens: int = 0
     problem: str = ""
     status: int = 500
+
+
+@dataclass(frozen=True, slots=True)
+class PredictRequest:
+    """A request to predict, as the API sends it to a worker; answered by one `Predictions`.
+
+    Attributes:
+        id: Unique, as a SampleRequest's.
+        adapter: As there.
+        rows: Each a row of the model's task that may lack the answer, or a text where a text is all that it needs.
+        max_tokens: Longest reply of a task that writes.
+    """
+
+    id: str
+    adapter: str | None
+    rows: list[str | dict[str, Any]]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model makes of rows.
+
+    Attributes:
+        rows: One of each row, as the task presents it; a reply that was cut short has {"finish_reason": "length"}.
+        num_prompt_tokens, num_tokens: Of all rows together.
+    """
+
+    rows: list[dict[str, Any]]
+    num_prompt_tokens: int
+    num_tokens: int

@@ -123,16 +123,17 @@ class Tenants:
         return row
 
     def rotate(self, key: str, overlap_seconds: int = 0, tenant: str | None = None) -> tuple[Key, str]:
-        """A new key with the same scopes; the old one ends after `overlap_seconds`."""
+        """A new key with the same scopes, given as long as the old one was; that ends after `overlap_seconds`."""
         with self._database.writing() as session:
             old = _key(session, key, tenant)
             if not _is_live(old):
                 raise InvalidRequestError(f"The key {key} has ended already; create a new one.", param="key")
+            life = None if old.expires_at is None else old.expires_at - old.created_at
             end = now_seconds() + overlap_seconds
             old.expires_at = end if old.expires_at is None else min(end, old.expires_at)
             if overlap_seconds <= 0:
                 old.revoked_at = now_seconds()
-            return _add_key(session, old.tenant, old.scopes, old.name, None)
+            return _add_key(session, old.tenant, old.scopes, old.name, life)
 
     def authenticate(self, text: str) -> Caller:
         """Who a key belongs to.

@@ -1,7 +1,7 @@
 """Usage: every trained and generated token once, what it costs, and what a job will cost.
 
-A row's key is (source, step, kind): a job's step or a request. Recording it again does nothing, so a step that is
-replayed after a crash is billed once. The price of the moment is written into the row.
+A row's key is (source, step, kind): a job's step, a request, or a batch's line. Recording it again does nothing, so a
+step that is replayed after a crash is billed once. The price of the moment is written into the row.
 """
 
 from __future__ import annotations
@@ -76,9 +76,17 @@ class UsageBook:
         self._database = database
 
     def record_request(
-        self, *, tenant: str, request: str, base: str, model: str, num_prompt_tokens: int, num_tokens: int
+        self,
+        *,
+        tenant: str,
+        request: str,
+        base: str,
+        model: str,
+        num_prompt_tokens: int,
+        num_tokens: int,
+        line: int = 0,
     ) -> None:
-        """Bill one inference request."""
+        """Bill one inference request, or one line of a batch, once however often it was answered."""
         with self._database.writing() as session:
             counts: tuple[tuple[Kind, int], ...] = (("prompt", num_prompt_tokens), ("generated", num_tokens))
             for kind, count in counts:
@@ -86,7 +94,7 @@ class UsageBook:
                     session,
                     tenant=tenant,
                     source=request,
-                    step=0,
+                    step=line,
                     kind=kind,
                     base=base,
                     model=model,

@@ -54,9 +54,10 @@ class Webhooks:
         Raises:
             InvalidRequestError: for what is no http(s) URL, or leads to a private address.
         """
-        problem = address_problem(url, self.may_be_private)
-        if problem:
-            raise InvalidRequestError(f"The webhook's url {problem}.", param="url")
+        try:
+            permitted_address(url, self.may_be_private)
+        except AddressError as problem:
+            raise InvalidRequestError(f"The webhook's url {problem}.", param="url") from None
         row = Webhook(
             id=new_id("whk_"),
             tenant=tenant,
@@ -113,26 +114,35 @@ def sign(secret: str, event: str, timestamp: int, body: str) -> str:
     return "v1," + base64.b64encode(digest).decode()
 
 
-def address_problem(url: str, may_be_private: bool) -> str:
-    """Why a URL is not called, or an empty string. Asked before each call, for names may change what they mean."""
+class AddressError(ValueError):
+    """A URL that is not called. The text goes on after "the webhook's url "."""
+
+
+def permitted_address(url: str, may_be_private: bool) -> str | None:
+    """The address to connect to for a URL, so that its name cannot come to mean another between this look and the call.
+
+    Returns:
+        None where any address may be called.
+
+    Raises:
+        AddressError: for what is no http(s) URL, or leads to an address that is not public.
+    """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
-        return "is no URL"
+        raise AddressError("is no URL") from None
     if parts.scheme not in ("http", "https") or not host or parts.username or parts.password:
-        return "is not http(s)://host/..."
+        raise AddressError("is not http(s)://host/...")
     if may_be_private:
-        return ""
+        return None
     if parts.scheme != "https":
-        return "is not https"
+        raise AddressError("is not https")
     try:
         found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        return "names a host that is not known"
-    addresses = {ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found}
-    return (
-        ""
-        if all(address.is_global and not address.is_multicast for address in addresses)
-        else ("leads to a private address")
-    )
+        raise AddressError("names a host that is not known") from None
+    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    if not addresses or not all(address.is_global and not address.is_multicast for address in addresses):
+        raise AddressError("leads to a private address")
+    return str(addresses[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
@@ -67,6 +67,12 @@ class StoredWork:
             for job in held:
                 job.lease_until = now + lease_seconds
             return {job.id: wish for job in held if (wish := _wish(job)) is not None}
+
+    def erased(self, tenants: Collection[str]) -> set[str]:
+        if not tenants:
+            return set()
+        with self._database.reading() as session:
+            return set(tenants) - set(session.scalars(select(Tenant.id).where(Tenant.id.in_(tenants))))
 
     def leave(self, worker: str) -> None:
         with self._database.writing() as session:

@@ -44,7 +44,7 @@ def create_app(context: Context, *, runs_background: bool = True) -> FastAPI:
     add_error_handlers(app)
     # The models' routes end in a free path, so those of fine-tuning, whose names have colons too, come first.
     for router in (files.router, jobs.router, chat.router, batches.router, admin.router, models.router):
-        app.include_router(router, prefix="/v1")
+        app.include_router(router)
     app.include_router(health.router)
     app.add_middleware(BodyLimit, max_file_bytes=context.settings.max_file_bytes)
     app.add_middleware(AzurePaths)

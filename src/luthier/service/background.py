@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import httpx
 from starlette.concurrency import run_in_threadpool
 
-from luthier.registry.webhooks import Waiting, address_problem, sign
+from luthier.registry.webhooks import AddressError, Waiting, permitted_address, sign
 from luthier.service.batch_runner import BatchRunner
 from luthier.service.context import Context
 
@@ -61,8 +61,10 @@ class Background:
 
     async def _send(self, waiting: Waiting) -> str | None:
         may_be_private = self._context.webhooks.may_be_private
-        if problem := await run_in_threadpool(address_problem, waiting.url, may_be_private):
-            return f"the url {problem}"
+        try:
+            address = await run_in_threadpool(permitted_address, waiting.url, may_be_private)
+        except AddressError as error:
+            return f"the url {error}"
         timestamp = int(time.time())
         headers = {
             "content-type": "application/json",
@@ -70,12 +72,25 @@ class Background:
             "webhook-timestamp": str(timestamp),
             "webhook-signature": sign(waiting.secret, waiting.event, timestamp, waiting.body),
         }
+        request = pinned_request(waiting.url, address, headers, waiting.body)
         try:
             async with httpx.AsyncClient(timeout=WEBHOOK_SECONDS, follow_redirects=False, trust_env=False) as client:
-                response = await client.post(waiting.url, content=waiting.body, headers=headers)
+                response = await client.send(request)
         except httpx.HTTPError as error:
             return type(error).__name__
         return None if response.is_success else f"answered {response.status_code}"
+
+
+def pinned_request(url: str, address: str | None, headers: dict[str, str], body: str) -> httpx.Request:
+    """A POST that connects to `address`, whatever the URL's name means by now; the certificate is still the name's."""
+    timeout = {"timeout": httpx.Timeout(WEBHOOK_SECONDS).as_dict()}
+    if address is None:
+        return httpx.Request("POST", url, content=body, headers=headers, extensions=timeout)
+    named = httpx.URL(url)
+    host = {"host": named.netloc.decode("ascii")}
+    extensions = {**timeout, "sni_hostname": named.raw_host.decode("ascii")}
+    at_address = named.copy_with(host=address)
+    return httpx.Request("POST", at_address, content=body, headers=headers | host, extensions=extensions)
 
 
 async def _repeat(work: Callable[[], Awaitable[None]], seconds: float) -> None:

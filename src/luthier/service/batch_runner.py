@@ -94,7 +94,7 @@ class BatchRunner:
                 if status is None or status == "cancelling" or batch.times["expires_at"] < now_seconds():
                     stopped.append("lost" if status is None else "cancelled" if status == "cancelling" else "expired")
                     return
-                answer, is_error = await self._answer(batch, line)
+                answer, is_error = await self._answer(batch, at, line)
                 await run_in_threadpool(self._context.batches.add_answer, batch.id, at, answer, is_error)
 
         # A group, not gather: where one of them fails, the others end before the batch is given to another runner.
@@ -104,7 +104,7 @@ class BatchRunner:
         if "lost" not in stopped:
             await run_in_threadpool(self._finish, batch, stopped[0] if stopped else "completed")
 
-    async def _answer(self, batch: Batch, line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    async def _answer(self, batch: Batch, at: int, line: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         request_id = new_id("req_")
         status, body = 200, {}
         try:
@@ -116,6 +116,7 @@ class BatchRunner:
             else:
                 plain = CompletionCreate.model_validate(values)
                 answer = await run_in_threadpool(completion_answer, self._context, caller, plain)
+            answer.billed_as = batch.id, at
             body = await answer.whole()
         except RefusedError as error:
             status, body = error.status, error_body(error)

@@ -142,6 +142,8 @@ class Sampling(Body):
     stream_options: dict[str, bool] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, float] | None = None
@@ -197,10 +199,11 @@ class CompletionCreate(Sampling):
 
 
 class PredictCreate(Body):
-    """`POST /luthier/predict`: what a head model says about texts."""
+    """`POST /luthier/predict`: what a tuned model makes of rows of its task, each an object, or a text for short."""
 
     model: Name
-    input: str | Annotated[list[str], Field(min_length=1, max_length=256)]
+    input: str | dict[str, Any] | Annotated[list[str | dict[str, Any]], Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
 
 
 class BatchCreate(Body):

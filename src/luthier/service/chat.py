@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
+from pydantic import TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
 from luthier.registry.models import Servable, no_such_model
@@ -21,8 +23,10 @@ from luthier.service.errors import error_body
 from luthier.service.tool_calls import Piece, ToolCallReader
 from luthier.store.database import new_id
 from luthier.store.held_base import HeldBase
+from luthier.tasks.config import TaskConfig
+from luthier.tasks.registry import head_of, task_for
 
-TEXT_TASKS = ("chat", "completion", "preference", "text")
+_TASK: TypeAdapter[TaskConfig] = TypeAdapter(TaskConfig)
 
 
 @dataclass
@@ -66,7 +70,11 @@ class Answering:
     ) -> None:
         self._context, self._caller = context, caller
         self._model, self._request, self._form = model, request, form
-        self.replies = [Reply(ToolCallReader() if form.reads_calls else None) for _ in range(request.num_choices)]
+        self.billed_as: tuple[str, int] = request.id, 0
+        """What it is billed under, once: the request, or a batch and its line."""
+        self.replies = [
+            Reply(ToolCallReader(form.max_calls) if form.reads_calls else None) for _ in range(request.num_choices)
+        ]
         self.created = int(time.time())
         self.problem: RefusedError | None = None
 
@@ -87,7 +95,8 @@ class Answering:
                         pieces, is_open[event.choice] = [], False
                     yield event.choice, pieces, event
         finally:
-            await run_in_threadpool(self._bill)
+            with anyio.CancelScope(shield=True):  # a caller that goes away cancels all that is awaited
+                await run_in_threadpool(self._bill)
 
     def _bill(self) -> None:
         prompt = max(reply.num_prompt_tokens for reply in self.replies)
@@ -96,7 +105,8 @@ class Answering:
         self._context.measures.count_tokens("generated", generated)
         self._context.usage.record_request(
             tenant=self._caller.tenant,
-            request=self._request.id,
+            request=self.billed_as[0],
+            line=self.billed_as[1],
             base=self._model.base.name,
             model=self._model.name,
             num_prompt_tokens=prompt,
@@ -146,8 +156,9 @@ class ChatForm:
     object = "chat.completion"
     chunk = "chat.completion.chunk"
 
-    def __init__(self, has_tools: bool, wants_logprobs: bool) -> None:
+    def __init__(self, has_tools: bool, wants_logprobs: bool, max_calls: int | None = None) -> None:
         self.reads_calls = has_tools
+        self.max_calls = max_calls
         self.wants_logprobs = wants_logprobs
 
     def choice(self, index: int, reply: Reply) -> dict[str, Any]:
@@ -198,6 +209,7 @@ class TextForm:
     object = "text_completion"
     chunk = "text_completion"
     reads_calls = False
+    max_calls: int | None = None
 
     def __init__(self, wants_logprobs: bool) -> None:
         self.wants_logprobs = wants_logprobs
@@ -241,7 +253,7 @@ def find_model(context: Context, caller: Caller, name: str) -> Servable:
         MissingError: where the caller has no such model.
     """
     if context.bases.find(name) is not None:
-        return Servable(name, HeldBase(name), None, "chat")
+        return Servable(name, HeldBase(name), None, None)
     if not name.startswith("ft:"):
         raise no_such_model(name)
     return context.models.find(caller.tenant, name)
@@ -254,7 +266,7 @@ def chat_answer(context: Context, caller: Caller, body: ChatCreate) -> Answering
         RefusedError: for what does not hold.
     """
     model = _writing_model(context, caller, body.model)
-    _filter(context, json.dumps([message.get("content") for message in body.messages], ensure_ascii=False))
+    filter_prompt(context, json.dumps([message.get("content") for message in body.messages], ensure_ascii=False))
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs=true.", param="top_logprobs")
     for at, message in enumerate(body.messages):
@@ -275,7 +287,8 @@ def chat_answer(context: Context, caller: Caller, body: ChatCreate) -> Answering
         max_tokens=body.max_completion_tokens or body.max_tokens,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return Answering(context, caller, model, request, ChatForm(bool(tools), bool(body.logprobs)))
+    max_calls = 1 if body.parallel_tool_calls is False else None
+    return Answering(context, caller, model, request, ChatForm(bool(tools), bool(body.logprobs), max_calls))
 
 
 def completion_answer(context: Context, caller: Caller, body: CompletionCreate) -> Answering:
@@ -293,7 +306,7 @@ def completion_answer(context: Context, caller: Caller, body: CompletionCreate) 
     if len(prompt) == 0:
         raise InvalidRequestError("prompt is empty.", param="prompt")
     if isinstance(prompt, str):
-        _filter(context, prompt)
+        filter_prompt(context, prompt)
     request = _request(
         body, model, "cmpl-", prompt=prompt, max_tokens=body.max_tokens or 16, num_logprobs=body.logprobs
     )
@@ -302,14 +315,20 @@ def completion_answer(context: Context, caller: Caller, body: CompletionCreate) 
 
 def _writing_model(context: Context, caller: Caller, name: str) -> Servable:
     model = find_model(context, caller, name)
-    if model.task not in TEXT_TASKS:
+    if model.task is not None and head_of(task_for(_TASK.validate_python(model.task))) is not None:
         raise InvalidRequestError(
-            f"{name} is a {model.task} model, which does not write; ask it over /v1/luthier/predict.", param="model"
+            f"{name} is a {model.task['type']} model, which does not write; ask it over /v1/luthier/predict.",
+            param="model",
         )
     return model
 
 
-def _filter(context: Context, text: str) -> None:
+def filter_prompt(context: Context, text: str) -> None:
+    """Ask the content filter about what came in.
+
+    Raises:
+        InvalidRequestError: where it is not let through.
+    """
     if problem := context.content_filter.problem(text):
         raise InvalidRequestError(problem, code="content_filter")
 

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from luthier.registry.jobs import want_base
 from luthier.registry.problems import InvalidRequestError, MissingError, QuotaError, RefusedError, UnavailableError
-from luthier.registry.seam import SampleEvent, SampleRequest
+from luthier.registry.seam import Predictions, PredictRequest, SampleEvent, SampleRequest
 from luthier.registry.work import live_workers
 from luthier.store.database import Database
 from luthier.store.held_base import HeldBase
@@ -70,13 +70,14 @@ class Dispatcher:
                     retry_after_seconds=5,
                 ) from error
 
-    async def predict(self, base: HeldBase, body: dict[str, Any]) -> dict[str, Any]:
-        """What a head model says about texts."""
-        async with self._post(base, "/v1/predict", body, body["adapter"] or "") as response:
-            answer = json.loads(await response.aread())
-        if answer.get("problem"):
-            raise _problem(answer.get("status", 500), answer["problem"])
-        return dict(answer)
+    async def predict(self, base: HeldBase, request: PredictRequest) -> Predictions:
+        """What a tuned model makes of rows.
+
+        Raises:
+            RefusedError: what the worker refused, or nobody there to ask.
+        """
+        async with self._post(base, "/v1/predict", asdict(request), request.adapter or "") as response:
+            return Predictions(**json.loads(await response.aread()))
 
     def _post(self, base: HeldBase, path: str, body: dict[str, Any], adapter: str) -> _Posted:
         if self._client is None:

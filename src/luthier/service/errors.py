@@ -81,7 +81,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> JSONResponse:
         kind = type("_", (RefusedError,), {"status": 500, "type": "server_error"})
-        return error_response(kind("The service failed; its operator finds the reason in the logs."))
+        answer = error_response(kind("The service failed; its operator finds the reason in the logs."))
+        # This is answered outside of what gives the others their id.
+        answer.headers["x-request-id"] = str(getattr(request.state, "request_id", ""))
+        return answer
 
 
 def not_served(method: str, path: str) -> str:

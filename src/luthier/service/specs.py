@@ -8,10 +8,9 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.recipe import JobSpec, validate
-from luthier.registry.problems import InvalidRequestError
+from luthier.registry.problems import InvalidRequestError, MissingError
 from luthier.service.bodies import MAX_SEED, DpoHyperparameters, Hyperparameters, JobCreate
 from luthier.service.methods import check_method, inherited_method
-from luthier.tasks.classification.schema import ClassificationConfig
 from luthier.tasks.preference.schema import PreferenceConfig
 
 OWN_FIELDS = ("task", "method", "train", "evaluation")
@@ -134,11 +133,6 @@ def check_own(own: dict[str, Any], base: str) -> JobSpec:
     except RecipeError as error:
         raise InvalidRequestError(error.found, param="luthier", code="invalid_job_spec") from None
     check_method(spec.method)
-    if isinstance(spec.task, ClassificationConfig) and spec.task.head == "words":
-        raise InvalidRequestError(
-            "luthier.task.head: words is not served; use head: linear, or train it with `luthier train`.",
-            param="luthier.task.head",
-        )
     return spec
 
 
@@ -154,8 +148,10 @@ def _hyperparameters(body: JobCreate, own: dict[str, Any]) -> Hyperparameters:
         return body.hyperparameters or Hyperparameters()
     kind = method.type if method is not None else "dpo"
     if kind == "reinforcement":
-        raise InvalidRequestError(
-            "Reinforcement fine-tuning is not served; use method.type supervised or dpo.", param="method.type"
+        raise MissingError(
+            "Reinforcement fine-tuning is not served; use method.type supervised or dpo.",
+            param="method.type",
+            code="not_served",
         )
     for other in ("supervised", "dpo", "reinforcement"):
         if method is not None and other != kind and getattr(method, other) is not None:

@@ -23,17 +23,22 @@ class Piece:
 
 
 class ToolCallReader:
-    """Takes a reply's text in pieces and gives content and calls, in order."""
+    """Takes a reply's text in pieces and gives content and calls, in order.
 
-    def __init__(self) -> None:
+    Args:
+        max_calls: What follows so many calls is left out; None takes all.
+    """
+
+    def __init__(self, max_calls: int | None = None) -> None:
         self._held = ""
+        self._max_calls = max_calls
         self.num_calls = 0
 
     def add(self, text: str) -> list[Piece]:
         """The pieces that became certain."""
         self._held += text
         pieces: list[Piece] = []
-        while True:
+        while not self._is_full:
             begin = self._held.find(BEGIN)
             if begin < 0:
                 kept = _overlap(self._held, BEGIN)
@@ -49,10 +54,15 @@ class ToolCallReader:
             inside = self._held[begin + len(BEGIN) : end]
             self._held = self._held[end + len(END) :]
             pieces.append(self._read(inside))
+        return pieces
+
+    @property
+    def _is_full(self) -> bool:
+        return self._max_calls is not None and self.num_calls >= self._max_calls
 
     def finish(self) -> list[Piece]:
         """What is left when the reply is over: a call whose end is missing counts if it is whole."""
-        rest, self._held = self._held, ""
+        rest, self._held = self._held if not self._is_full else "", ""
         if rest.startswith(BEGIN):
             piece = self._read(rest.removeprefix(BEGIN))
             return [piece] if piece.call is not None else _content(rest, 0)

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,11 +19,15 @@ from luthier.service.errors import error_response
 from luthier.service.measures import Measures
 
 access = logging.getLogger("luthier.access")
+_request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Of the request that is being answered, for whatever is logged meanwhile."""
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_PART_BYTES = 64 * 2**20
 _ENVELOPE_BYTES = 2**20
-_DEPLOYMENT = re.compile(r"^/openai/deployments/(.+?)/(chat/completions|completions)$")
+_DEPLOYMENT = re.compile(
+    r"^/openai/deployments/(.+?)/(chat/completions|completions|embeddings|images/[a-z]+|audio/[a-z]+)$"
+)
 
 
 class AzurePaths:
@@ -130,6 +135,7 @@ class RequestLog:
             return
         request_id = f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
+        _request_id.set(request_id)
         started = time.perf_counter()
         status = 499  # the client went away before an answer
 
@@ -176,6 +182,8 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if (request_id := _request_id.get()) is not None:
+            line["request_id"] = request_id
         line |= {key: value for key, value in vars(record).items() if key not in self._KNOWN}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

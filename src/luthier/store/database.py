@@ -92,6 +92,14 @@ class Database:
             return time.time()
         return float(session.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
 
+    def forget_log(self) -> None:
+        """Empty SQLite's write-ahead log, which still has old pages; a reader in the way leaves it to later."""
+        if self.is_sqlite:
+            with self._engine.connect() as connection:
+                connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(
+                    "PRAGMA wal_checkpoint(TRUNCATE)"
+                )
+
     def close(self) -> None:
         self._engine.dispose()
 
@@ -128,6 +136,7 @@ def _sqlite_engine(url: str) -> Engine:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
+            "secure_delete=ON",  # what is erased is overwritten, not only let go
             f"busy_timeout={BUSY_SECONDS * 1000}",
         ):
             connection.execute(f"PRAGMA {pragma}")

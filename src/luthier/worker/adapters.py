@@ -19,6 +19,11 @@ from luthier.engine.slot import Slot
 from luthier.store.blobs import Blobs
 
 
+def tenant_of(prefix: str) -> str:
+    """Whose files a key prefix is of: "tenants/{id}/..."."""
+    return prefix.split("/")[1]
+
+
 class AdapterFolders:
     """Local copies of adapters' files. Safe to use from several threads.
 
@@ -53,6 +58,19 @@ class AdapterFolders:
                 self._fetching.pop(prefix, None)
                 self._known.move_to_end(prefix)
                 return self._known[prefix], self._renderers.get(prefix)
+
+    @property
+    def tenants(self) -> set[str]:
+        """Whose adapters lie here."""
+        with self._lock:
+            return {tenant_of(prefix) for prefix in self._known}
+
+    def forget(self, tenant: str) -> None:
+        """Remove a tenant's adapters from here."""
+        with self._lock:
+            for prefix in [prefix for prefix in self._known if tenant_of(prefix) == tenant]:
+                self._renderers.pop(prefix, None)
+                shutil.rmtree(self._known.pop(prefix), ignore_errors=True)
 
     def _download(self, prefix: str) -> None:
         target = self._folder / hashlib.sha256(prefix.encode()).hexdigest()[:24]
@@ -107,6 +125,17 @@ class ServedSlots:
         if not self._num_users[prefix]:
             del self._num_users[prefix]
         self._evict()
+
+    def forget(self, tenant: str) -> None:
+        """Let a tenant's adapters go, but for those that are answering."""
+        for prefix in [prefix for prefix in self._slots if tenant_of(prefix) == tenant]:
+            if prefix not in self._num_users:
+                self._base.bank.remove(self._slots.pop(prefix))
+
+    @property
+    def tenants(self) -> set[str]:
+        """Whose adapters are in memory. From any thread."""
+        return {tenant_of(prefix) for prefix in list(self._slots)}
 
     def __len__(self) -> int:
         return len(self._slots)

@@ -1,7 +1,7 @@
 """The worker's HTTP endpoint: requests to sample in, lines of JSON out. It runs in a thread beside the base's.
 
 POST /v1/sample     a SampleRequest -> SampleEvents, one JSON a line
-POST /v1/predict    {adapter, texts} -> {predictions, num_tokens}
+POST /v1/predict    a PredictRequest -> Predictions
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,9 +23,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from luthier.errors import LuthierError
-from luthier.registry.seam import SampleEvent, SampleRequest
+from luthier.registry.problems import RefusedError
+from luthier.registry.seam import Predictions, PredictRequest, SampleEvent, SampleRequest
 from luthier.worker.replies import MAX_WAITING, Task, one_line
 
+LISTEN_SECONDS = 0.5
+"""How often it is looked whether the caller of a prediction is still there."""
 _NOTHING = asdict(SampleEvent())
 
 
@@ -42,8 +45,8 @@ class Desk(Protocol):
     def submit(self, task: Task) -> None:
         """Let the thread that runs the base take it in."""
 
-    def predict(self, adapter: str | None, texts: list[str]) -> dict[str, Any]:
-        """What a head says about texts; raises LuthierError."""
+    def predict(self, request: PredictRequest, is_gone: threading.Event) -> Predictions:
+        """What a tuned model makes of rows; raises LuthierError. Ends early once the caller is gone."""
 
 
 class Endpoint:
@@ -107,11 +110,22 @@ class Endpoint:
     async def _predict(self, request: Request) -> Response:
         if (refusal := self._refusal(request)) is not None:
             return refusal
-        values = await request.json()
+        wanted, is_gone = PredictRequest(**await request.json()), threading.Event()
+        watching = asyncio.create_task(_watch(request, is_gone))
         try:
-            return JSONResponse(await run_in_threadpool(self._desk.predict, values["adapter"], values["texts"]))
+            return JSONResponse(asdict(await run_in_threadpool(self._desk.predict, wanted, is_gone)))
+        except RefusedError as error:
+            return PlainTextResponse(error.message, error.status)
         except LuthierError as error:
             return PlainTextResponse(one_line(error), 400)
+        finally:
+            watching.cancel()
+
+
+async def _watch(request: Request, is_gone: threading.Event) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(LISTEN_SECONDS)
+    is_gone.set()
 
 
 async def _lines(task: Task, events: asyncio.Queue[SampleEvent]) -> AsyncIterator[bytes]:

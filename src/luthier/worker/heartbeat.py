@@ -23,6 +23,8 @@ class Heartbeat:
         room: How many more jobs it may take now.
         on_wish: Told what is asked of a job that it holds.
         on_claimed: Given each job that was claimed.
+        tenants: Whose things the worker has.
+        on_erased: Told of each of them that is no more.
         is_over: Ends the thread.
     """
 
@@ -35,6 +37,8 @@ class Heartbeat:
         room: Callable[[], int],
         on_wish: Callable[[str, Wish], None],
         on_claimed: Callable[[ClaimedJob], None],
+        tenants: Callable[[], set[str]],
+        on_erased: Callable[[str], None],
         is_over: threading.Event,
     ) -> None:
         self._record = record
@@ -43,6 +47,8 @@ class Heartbeat:
         self._room = room
         self._on_wish = on_wish
         self._on_claimed = on_claimed
+        self._tenants = tenants
+        self._on_erased = on_erased
         self._is_over = is_over
         self._next_at = 0.0
 
@@ -60,6 +66,8 @@ class Heartbeat:
         if time.monotonic() >= self._next_at:
             for job, wish in self._record.heartbeat(self._worker, self._lease_seconds).items():
                 self._on_wish(job, wish)
+            for tenant in self._record.erased(self._tenants()):
+                self._on_erased(tenant)
             self._next_at = time.monotonic() + self._lease_seconds / 4
         num_wanted = min(self._room(), MAX_CLAIMED_AT_ONCE)
         for claimed in self._record.claim(self._worker, num_wanted, self._lease_seconds):

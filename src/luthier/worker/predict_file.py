@@ -176,14 +176,14 @@ class _Predictor:
         for row in _without_problem(rows):
             own = reports[id(row)]
             if head_of(self.task) is None:
-                prediction: Any = _loss(own)
+                prediction: Any = document_loss(own)
             else:
                 given = [report.probabilities_CK for report in own]
                 prediction = self.task.read(row.record, renderer, self.max_length, given)
             row.values = self.task.present(row.record, prediction)
 
 
-def _loss(reports: list[Any]) -> dict[str, float]:
+def document_loss(reports: list[Any]) -> dict[str, float]:
     """What a document is worth to a model without a head."""
     num_tokens = sum(report.num_targets for report in reports)
     loss = sum(report.nll_sum for report in reports) / max(1.0, sum(report.weight_sum for report in reports))

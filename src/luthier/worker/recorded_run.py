@@ -18,13 +18,17 @@ from luthier.engine.slot import Slot
 from luthier.recipe import Recipe, validate
 from luthier.registry.seam import CheckpointRecord, ClaimedJob, Form, JobResult, StepRecord
 from luthier.store.blobs import Blobs
+from luthier.tasks.preference.metrics import PREFERENCE_ACCURACY
+from luthier.tasks.registry import head_of
 from luthier.worker.progress import SilentProgress
 from luthier.worker.run import Run
 from luthier.worker.run_folder import resolved_versions
+from luthier.worker.task_file import write_task
 
 SCORES = "scores"
 """Folder of what the base did on each held-out row: in a run, and beside a checkpoint's files, so that whoever goes on
 from it need not ask the base again, which a job that trains its weights could not."""
+ACCURACIES = ("token_accuracy", "accuracy", "tag_accuracy", PREFERENCE_ACCURACY)
 SAVE_SECONDS = 60.0
 """A job saves at least this often: what a dead worker loses at most."""
 
@@ -155,9 +159,17 @@ class RecordedRun:
             report.loss,
             report.num_tokens,
             report.learning_rate,
+            train_accuracy=self._train_accuracy,
             valid_loss=valid.get("loss"),
-            valid_accuracy=valid.get("token_accuracy", valid.get("accuracy")),
+            valid_accuracy=_accuracy(valid),
         )
+
+    @property
+    def _train_accuracy(self) -> float | None:
+        """Of the last step. Of any number of labels there is none: what is right depends on the threshold."""
+        if self.last_report is None or head_of(self.run.data.task) == "multilabel":
+            return None
+        return self.last_report.accuracy
 
     def take_checkpoint(self) -> tuple[SavedFiles, CheckpointRecord] | None:
         """The checkpoint of the current step, if there is one that was not taken yet."""
@@ -176,10 +188,12 @@ class RecordedRun:
         metrics: dict[str, float] = {"step": step}
         if self.last_report is not None:
             metrics["train_loss"] = self.last_report.loss
+        if (accuracy := self._train_accuracy) is not None:
+            metrics["train_mean_token_accuracy"] = accuracy
         if self.run.last_validation.get("step") == step:
             valid = self.run.last_validation
             metrics["full_valid_loss"] = metrics["valid_loss"] = valid["loss"]
-            if (accuracy := valid.get("token_accuracy", valid.get("accuracy"))) is not None:
+            if (accuracy := _accuracy(valid)) is not None:
                 metrics["full_valid_mean_token_accuracy"] = metrics["valid_mean_token_accuracy"] = accuracy
         return files, CheckpointRecord(step, name, "", 0, metrics, self.run.best.step)
 
@@ -216,7 +230,13 @@ class RecordedRun:
         # Not under the job's folder: a copy goes on after the job has been dropped.
         target = self.folder.parent.parent / "outgoing" / secrets.token_hex(8)
         shutil.copytree(folder, target, copy_function=_link)
+        write_task(target, self.run.recipe.task, self.run.data.task, self.run.recipe.train.max_length)
         return SavedFiles(target, prefix)
+
+
+def _accuracy(validation: dict[str, float]) -> float | None:
+    """What the surface calls token accuracy: of tokens, or of classes, tags or pairs where a task has those instead."""
+    return next((validation[name] for name in ACCURACIES if name in validation), None)
 
 
 def public(message: str, folder: Path) -> str:

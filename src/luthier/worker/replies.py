@@ -7,6 +7,7 @@ the forwards happen in the thread that runs the base.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Task:
         folder: The adapter's files; None for the base.
         emit: Takes events, from any thread.
         is_gone: The caller has gone away.
+        num_tokens: Choice -> tokens of its reply so far, without the stop token.
     """
 
     request: SampleRequest
@@ -51,6 +53,7 @@ class Task:
     emit: Callable[[SampleEvent], None]
     is_gone: bool = False
     open_choices: set[int] = field(default_factory=set)
+    num_tokens: Counter[int] = field(default_factory=Counter)
 
 
 class TaskMaker:
@@ -107,10 +110,14 @@ class Replies:
     def num_open(self) -> int:
         return len(self._tasks)
 
+    def note_use(self) -> None:
+        """Somebody asked something of the base."""
+        self.last_used_at = time.monotonic()
+
     def begin(self, task: Task) -> None:
         """Take a task in; what is wrong with it goes to its caller."""
         request = task.request
-        self.last_used_at = time.monotonic()
+        self.note_use()
         if request.id in self._tasks:
             task.emit(SampleEvent(problem="a request with this id is here already", status=400))
             return
@@ -140,6 +147,7 @@ class Replies:
             if found is None:
                 continue
             task, choice = found
+            task.num_tokens[choice] += event.token is not None and event.token not in task.renderer.stop_ids
             task.emit(_as_event(event, choice, task))
             if event.completion is not None:
                 del self._of_name[event.name]
@@ -209,7 +217,7 @@ def _as_event(event: TokenEvent, choice: int, task: Task) -> SampleEvent:
         logprobs,
         event.finish_reason if event.finish_reason != "cancelled" else None,
         num_prompt_tokens=len(task.tokens),
-        num_tokens=len(completion.tokens) if completion is not None else 0,
+        num_tokens=task.num_tokens[choice],
     )
 
 

@@ -8,10 +8,7 @@ from pathlib import Path
 from luthier.base.adapter_files import CONFIG_FILE
 from luthier.base.load import Base, load_model
 from luthier.data.template import Renderer
-from luthier.engine.own import OwnSlot
 from luthier.engine.pack import BASE_SLOT
-from luthier.engine.slot import Slot
-from luthier.errors import ModelError
 from luthier.extras import require_bitsandbytes
 from luthier.methods.peft.layer import read_peft
 from luthier.recipe import Recipe
@@ -35,16 +32,6 @@ class Resident:
     source: str
     folder: Path
     home: int
-
-    def home_slot(self) -> Slot | OwnSlot:
-        """The slot itself.
-
-        Raises:
-            ModelError: where it is the plain base.
-        """
-        if self.home == BASE_SLOT:
-            raise ModelError("this model has no head to predict with", fix="chat with it")
-        return self.base.bank.slots[self.home]
 
 
 def load_resident(options: WorkerOptions, blobs: Blobs) -> Resident:

@@ -19,7 +19,7 @@ import time
 from luthier.engine.memory import available_bytes
 from luthier.registry.seam import ClaimedJob, Wish, WorkerCard, WorkRecord
 from luthier.store.blobs import Blobs
-from luthier.worker.adapters import AdapterFolders, ServedSlots
+from luthier.worker.adapters import AdapterFolders, ServedSlots, tenant_of
 from luthier.worker.child_jobs import ChildJob, ChildJobs
 from luthier.worker.endpoint import Endpoint
 from luthier.worker.heartbeat import Heartbeat
@@ -28,7 +28,7 @@ from luthier.worker.job_record import JobRecord
 from luthier.worker.recorded_run import JobFiles, RecordedRun
 from luthier.worker.recorder import Recorder
 from luthier.worker.replies import Replies
-from luthier.worker.reply_desk import Begin, ReplyDesk
+from luthier.worker.reply_desk import Answering, ReplyDesk
 from luthier.worker.resident import load_resident
 from luthier.worker.resident_jobs import ResidentJobs
 from luthier.worker.worker_options import WorkerOptions
@@ -78,6 +78,8 @@ class ServiceWorker:
             room=self._room,
             on_wish=self._on_wish,
             on_claimed=self._on_claimed,
+            tenants=self._tenants,
+            on_erased=self._on_erased,
             is_over=self._is_over,
         ).start()
         logger.info("worker ready", extra={"worker": self._id, "base": str(options.held_base)})
@@ -99,8 +101,8 @@ class ServiceWorker:
         base = resident.base
         self._slots = ServedSlots(base, options.max_slots)
         self._replies = Replies(base, resident.renderer, self._slots, options.step_tokens, resident.home)
-        folders = AdapterFolders(self._blobs, options.scratch / "adapters")
-        self._desk = ReplyDesk(resident, self._replies, self._slots, folders, self._inbox)
+        self._folders = AdapterFolders(self._blobs, options.scratch / "adapters")
+        self._desk = ReplyDesk(resident, self._replies, self._slots, self._folders, self._inbox, options.step_tokens)
         self._recorder = Recorder(
             lambda job: self._inbox.put(lambda: self._drop(job)),
             lambda job, error: self._inbox.put(lambda: self._give_up(job, error)),
@@ -164,12 +166,12 @@ class ServiceWorker:
             self._inbox.wait(WAIT_SECONDS)
 
     def _breathe(self) -> None:
-        """Between the forwards of an evaluation: let replies go on. Jobs wait, so only replies are taken in."""
+        """Between the forwards of an evaluation: let answers go on. Jobs wait, so only answers are taken in."""
         if self._in_between:
             return
         self._in_between = True
         try:
-            self._inbox.take_only(Begin)
+            self._inbox.take_only(Answering)
             self._replies.step()
         finally:
             self._in_between = False
@@ -220,6 +222,19 @@ class ServiceWorker:
             self._children.obey(job, wish)
 
         self._inbox.put(obey)
+
+    # -- tenants that are erased, from the heartbeat's thread
+
+    def _tenants(self) -> set[str]:
+        own = {tenant_of(self._options.weights)} if self._options.weights else set()
+        return own | self._folders.tenants | self._slots.tenants
+
+    def _on_erased(self, tenant: str) -> None:
+        """Forget a tenant's adapters; where its model is what is held here, end."""
+        self._folders.forget(tenant)
+        self._inbox.put(lambda: self._slots.forget(tenant))
+        if self._options.weights and tenant_of(self._options.weights) == tenant:
+            self.stop()
 
     def _drop(self, job: str) -> None:
         self._jobs.drop(job)

@@ -10,11 +10,11 @@ from luthier.registry.erasure import erase_tenant
 from luthier.registry.tenants import QUOTAS
 from luthier.service.auth import Admin, Anyone, ContextDep, Tuner
 from luthier.service.bodies import KeyCreate, KeyRotate, PriceSet, TenantCreate, TenantUpdate, WebhookCreate
-from luthier.service.routes.common import ERRORS, IdPath
+from luthier.service.routes.common import ERRORS, V1, IdPath
 from luthier.store.database import now_seconds
 from luthier.store.tables import Key, Price, Tenant, Webhook
 
-router = APIRouter(prefix="/luthier", responses=ERRORS, tags=["luthier"])
+router = APIRouter(prefix=f"{V1}/luthier", responses=ERRORS, tags=["luthier"])
 SinceDays = Annotated[int, Query(ge=1, le=3_660)]
 
 

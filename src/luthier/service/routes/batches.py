@@ -11,9 +11,9 @@ from luthier.service.answers import batch_object, page_object
 from luthier.service.auth import ContextDep, Inferrer
 from luthier.service.batch_runner import ENDPOINTS
 from luthier.service.bodies import BatchCreate
-from luthier.service.routes.common import ERRORS, After, IdPath, Limit
+from luthier.service.routes.common import ERRORS, V1, After, IdPath, Limit
 
-router = APIRouter(prefix="/batches", responses=ERRORS, tags=["batches"])
+router = APIRouter(prefix=f"{V1}/batches", responses=ERRORS, tags=["batches"])
 
 
 @router.post("")

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Path, Query
 
+V1 = "/v1"
+"""What the surface's paths begin with. Each router has it itself, so that what is logged of a route is its path."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": text,
@@ -29,4 +31,4 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 IdPath = Annotated[str, Path(min_length=1, max_length=128)]
 NamePath = Annotated[str, Path(min_length=1, max_length=512)]
 Order = Annotated[Literal["asc", "desc"], Query()]
-__all__ = ["ERRORS", "After", "IdPath", "Limit", "NamePath", "Order"]
+__all__ = ["ERRORS", "V1", "After", "IdPath", "Limit", "NamePath", "Order"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -13,9 +14,9 @@ from luthier.registry.problems import InvalidRequestError
 from luthier.service.answers import file_object, page_object, part_object, upload_object
 from luthier.service.auth import ContextDep, Tuner
 from luthier.service.bodies import UploadComplete, UploadCreate
-from luthier.service.routes.common import ERRORS, After, IdPath, Order
+from luthier.service.routes.common import ERRORS, V1, After, IdPath, Order
 
-router = APIRouter(responses=ERRORS, tags=["files"])
+router = APIRouter(prefix=V1, responses=ERRORS, tags=["files"])
 
 
 @router.post("/files")
@@ -66,7 +67,9 @@ def file_content(file_id: IdPath, caller: Tuner, context: ContextDep) -> Streami
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", file.filename)
     disposition = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(file.filename, safe='')}"
     headers = {"content-disposition": disposition, "content-length": str(file.num_bytes)}
-    return StreamingResponse(context.files.pieces(file), media_type="application/octet-stream", headers=headers)
+    pieces = context.files.pieces(file)
+    first = next(pieces, b"")  # where the bytes are lost, that is told before the answer begins
+    return StreamingResponse(chain([first], pieces), media_type="application/octet-stream", headers=headers)
 
 
 @router.post("/uploads")

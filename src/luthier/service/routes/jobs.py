@@ -18,11 +18,11 @@ from luthier.service.bodies import JobCreate, PermissionCreate
 from luthier.service.check import look_at
 from luthier.service.context import Context
 from luthier.service.methods import goes_on, held_base
-from luthier.service.routes.common import ERRORS, After, IdPath, Limit, NamePath
+from luthier.service.routes.common import ERRORS, V1, After, IdPath, Limit, NamePath
 from luthier.service.specs import read_wish
 from luthier.store.tables import Job, Model
 
-router = APIRouter(prefix="/fine_tuning", responses=ERRORS, tags=["fine-tuning"])
+router = APIRouter(prefix=f"{V1}/fine_tuning", responses=ERRORS, tags=["fine-tuning"])
 _METADATA = re.compile(r"^metadata\[(.{1,64})\]$")
 
 

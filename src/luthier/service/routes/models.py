@@ -9,9 +9,9 @@ from fastapi import APIRouter
 from luthier.registry.problems import ScopeError
 from luthier.service.answers import base_object, model_object
 from luthier.service.auth import Anyone, ContextDep, Tuner
-from luthier.service.routes.common import ERRORS, NamePath
+from luthier.service.routes.common import ERRORS, V1, NamePath
 
-router = APIRouter(responses=ERRORS, tags=["models"])
+router = APIRouter(prefix=V1, responses=ERRORS, tags=["models"])
 
 
 @router.get("/models")
