@@ -107,13 +107,15 @@ def test_the_best_of_each_set_goes_to_test(tmp_path: Path) -> None:
     runs = {
         "high": {"recipe": ("f1", 0.2, "0"), "other": ("f1", 0.6, "0"), "bad": ("f1", 9.0, "fail")},
         "low": {"recipe": ("perplexity", 20.0, "0"), "other": ("perplexity", 12.0, "0")},
-        "broken": {"recipe": ("f1", 1.0, "fail")},
+        "broken": {"recipe": ("f1", 1.0, "fail"), "other": ("f1", 1.0, "fail")},
+        "alone": {"recipe": ("f1", 0.3, "fail")},
     }
     failed = make_search(tmp_path, runs).run()
-    assert [work.label for work in failed] == ["broken.recipe", "high.bad"]
+    assert [work.label for work in failed] == ["broken.other", "broken.recipe", "high.bad"]
     assert "it does not hold" in (tmp_path / "logs/high.bad.log").read_text()
     assert (on_test(tmp_path, "high"), on_test(tmp_path, "low")) == (0.6, 12.0)
     assert not (tmp_path / "broken.json").exists()
+    assert on_test(tmp_path, "alone") == 0.3  # nothing to choose from: no split is run
 
 
 def test_what_is_done_at_the_end_of_the_time_stays(tmp_path: Path) -> None:
