@@ -61,7 +61,7 @@ class Choice:
             return self.variants[0]
         done = [(variant, self._score(out, variant)) for variant in self.variants]
         scored = [(score, variant) for variant, score in done if score is not None]
-        return max(scored)[1] if scored else None
+        return max(scored, key=lambda pair: pair[0])[1] if scored else None  # of equals the first
 
     def _score(self, out: Path, variant: str) -> float | None:
         path = Work(self.name, variant, on_split=True).figures(out)

@@ -106,6 +106,7 @@ def on_test(out: Path, name: str) -> float:
 def test_the_best_of_each_set_goes_to_test(tmp_path: Path) -> None:
     runs = {
         "high": {"recipe": ("f1", 0.2, "0"), "other": ("f1", 0.6, "0"), "bad": ("f1", 9.0, "fail")},
+        "equal": {"recipe": ("f1", 0.5, "0"), "zealous": ("f1", 0.5, "0")},
         "low": {"recipe": ("perplexity", 20.0, "0"), "other": ("perplexity", 12.0, "0")},
         "broken": {"recipe": ("f1", 1.0, "fail"), "other": ("f1", 1.0, "fail")},
         "alone": {"recipe": ("f1", 0.3, "fail")},
@@ -114,6 +115,7 @@ def test_the_best_of_each_set_goes_to_test(tmp_path: Path) -> None:
     assert [work.label for work in failed] == ["broken.other", "broken.recipe", "high.bad"]
     assert "it does not hold" in (tmp_path / "logs/high.bad.log").read_text()
     assert (on_test(tmp_path, "high"), on_test(tmp_path, "low")) == (0.6, 12.0)
+    assert Choice("equal", ("recipe", "zealous")).best(tmp_path) == "recipe"
     assert not (tmp_path / "broken.json").exists()
     assert on_test(tmp_path, "alone") == 0.3  # nothing to choose from: no split is run
 
