@@ -56,10 +56,12 @@ class Choice:
     variants: tuple[str, ...]
 
     def best(self, out: Path) -> str | None:
-        """The variant that did best on the split, of those that are done; None where none is."""
+        """The variant that did best on the split, of those that are done; None where none is. One alone needs none."""
+        if len(self.variants) == 1:
+            return self.variants[0]
         done = [(variant, self._score(out, variant)) for variant in self.variants]
         scored = [(score, variant) for variant, score in done if score is not None]
-        return max(scored)[1] if scored else None
+        return max(scored, key=lambda pair: pair[0])[1] if scored else None  # of equals the first
 
     def _score(self, out: Path, variant: str) -> float | None:
         path = Work(self.name, variant, on_split=True).figures(out)
@@ -135,7 +137,8 @@ class Search:
         any second, so that each has one when the time is over."""
         tests, splits = [], list[tuple[int, Work]]()
         for choice in self.choices:
-            works = [Work(choice.name, variant, on_split=True) for variant in choice.variants]
+            variants = choice.variants if len(choice.variants) > 1 else ()
+            works = [Work(choice.name, variant, on_split=True) for variant in variants]
             open_works = [work for work in works if not self._is_settled(work)]
             if open_works and not self._chooses_now():
                 splits += [(works.index(work), work) for work in open_works if work not in self._running]
