@@ -99,7 +99,7 @@ def test_verbs_on_the_store(tmp_path: Path) -> None:
     assert say("tenants", "list", *data) == ""
 
 
-def test_without_a_server_jobs_are_the_runs_here(tmp_path: Path, here: Run) -> None:
+def test_without_a_server_jobs_are_the_runs_here(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     (run / "state.json").write_text(json.dumps({"format": 1, "status": "done", "step": 7}))
