@@ -1,7 +1,7 @@
 """The machine's part of a recipe: the device, threads, and over how many processes one training goes.
 
-What the format names and this version cannot do yet stands in `NOT_THERE`, the one table of refusals; the reference of
-the recipe prints it.
+What the format names and this version cannot do yet stands in `NOT_THERE`, which methods train under ZeRO in
+`ZERO_TABLE`; the reference of the recipe prints both.
 """
 
 from __future__ import annotations
@@ -20,6 +20,29 @@ NOT_THERE: dict[tuple[str, str], str] = {
     ): "a DeepSpeed configuration of your own is not read yet: leave it out, and set `zero` and `offload`",
 }
 """(field, value) -> why it is refused and what to do."""
+
+
+MethodKind = Literal["own weights", "lora", "the bank's others", "peft"]
+
+_READS_WEIGHTS = (
+    "it computes with the base's weights outside their layers' forward, and there each process holds a part of them"
+)
+
+ZERO_TABLE: dict[tuple[MethodKind, int], str] = {
+    ("own weights", 1): "",
+    ("own weights", 2): "",
+    ("own weights", 3): "",
+    ("lora", 1): "",
+    ("lora", 2): "",
+    ("lora", 3): "",
+    ("the bank's others", 1): "it has not been shown to train so",
+    ("the bank's others", 2): "it has not been shown to train so",
+    ("the bank's others", 3): _READS_WEIGHTS,
+    ("peft", 1): "what it does around a step needs whole gradients",
+    ("peft", 2): "what it does around a step needs whole gradients",
+    ("peft", 3): _READS_WEIGHTS,
+}
+"""(kind of method, stage) -> why it is refused, or "" where it works. Offload changes nothing about it."""
 
 
 class ComputeConfig(Strict):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 
 from luthier.base.load import Base
+from luthier.compute import ZERO_TABLE, MethodKind
 from luthier.distributed.zero import WEIGHTS_STAGE, ZeroOptimizer
 from luthier.distributed.zero_config import zero_config
 from luthier.engine.optimizer import JobOptimizer
@@ -19,28 +19,6 @@ from luthier.extras import require_deepspeed
 from luthier.recipe import Recipe
 from luthier.tasks.registry import head_of, task_for
 
-Kind = Literal["own weights", "lora", "the bank's others", "peft"]
-
-_READS_WEIGHTS = (
-    "it computes with the base's weights outside their layers' forward, and there each process holds a part of them"
-)
-
-ZERO_TABLE: dict[tuple[Kind, int], str] = {
-    ("own weights", 1): "",
-    ("own weights", 2): "",
-    ("own weights", 3): "",
-    ("lora", 1): "",
-    ("lora", 2): "",
-    ("lora", 3): "",
-    ("the bank's others", 1): "it has not been shown to train so",
-    ("the bank's others", 2): "it has not been shown to train so",
-    ("the bank's others", 3): _READS_WEIGHTS,
-    ("peft", 1): "what it does around a step needs whole gradients",
-    ("peft", 2): "what it does around a step needs whole gradients",
-    ("peft", 3): _READS_WEIGHTS,
-}
-"""(kind of method, stage) -> why it is refused, or "" where it works. Offload changes nothing about it."""
-
 _BESIDE_OTHERS = "DeepSpeed steps all that trains in a process at once, and jobs of a bank step by themselves"
 _HEAD = "the head is read outside a forward of its own, and there each process holds a part of it"
 _IN_FULL = "modules or tokens that train whole beside the factors have not been shown to train so"
@@ -49,7 +27,7 @@ _OPTIMIZER = "DeepSpeed shares out torch's AdamW alone"
 _OWN_WEIGHTS = ("full", "last_layers", "bias")
 
 
-def kind_of(method: str, runs: str) -> Kind:
+def kind_of(method: str, runs: str) -> MethodKind:
     """The row of `ZERO_TABLE` that a recipe's method belongs to."""
     if method in _OWN_WEIGHTS:
         return "own weights"
