@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engine.conftest import random_examples
+from engine.conftest import random_examples, run_all
 from torch import Tensor
 
 from luthier.base.load import Base, load_base
@@ -20,8 +20,15 @@ from luthier.engine.ranks import Ranks
 from luthier.methods.exclusive.layer import load_own
 from luthier.types import AdapterSpec, ExclusiveSpec, TrainSpec
 
-METHODS = ("full", "last_layers", "lora")
-SETTINGS = ((1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "parameters"))
+SETTINGS = [
+    *(("full", stage, "none") for stage in (1, 2, 3)),
+    ("full", 2, "optimizer"),
+    ("full", 3, "parameters"),
+    ("last_layers", 3, "none"),
+    *(("lora", stage, "none") for stage in (1, 2, 3)),
+]
+"""Method, stage and what is offloaded."""
+
 TRAIN = TrainSpec(
     epochs=9.0, max_steps=5, batch_size=5, learning_rate=1e-2, seed=1, micro_batch_tokens=40, weight_decay=0.1
 )
@@ -48,7 +55,7 @@ def outcome(folder: Path, method: str, stage: int, offload: str, ranks: Ranks) -
     engine = Engine(base, ranks=ranks)
     engine.add(job)
     job.optimizer.shard()
-    reports = [report for _ in range(TRAIN.max_steps or 0) for report in engine.step()]
+    reports = run_all(engine)["job"]
     with job.optimizer.consolidated() as whole:
         values, moments = dict(whole), job.optimizer.state()
     job.optimizer.gather()
@@ -68,11 +75,7 @@ def outcome(folder: Path, method: str, stage: int, offload: str, ranks: Ranks) -
 def main(rank: int, size: int, rendezvous: str, out: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     with connected(rank, size, rendezvous, torch.device("cpu")) as ranks:
-        found = {
-            (method, stage, offload): outcome(folder, method, stage, offload, ranks)
-            for method in METHODS
-            for stage, offload in SETTINGS
-        }
+        found = {setting: outcome(folder, *setting, ranks) for setting in SETTINGS}
     torch.save(found, out)
 
 

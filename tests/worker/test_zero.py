@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ from luthier.recipe import load_recipe
 from luthier.worker.zero import check_zero
 
 TOLERANCE = 1e-5
-"""Of losses in float32, relative; weights and moments, in which Adam's division magnifies rounding, have 2e-3 of their norm."""
+"""Of losses in float32, relative. Adam's division magnifies rounding: weights and moments have 2e-3 of their norm."""
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'luthier[deepspeed]'"
@@ -38,17 +38,19 @@ def zero_recipe(base: Path, folder: Path, name: str, *, devices: int, zero: int,
 
 @needs_deepspeed
 def test_every_stage_equals_one_process(tiny_llama: Path, tmp_path: Path) -> None:
-    """full, last_layers and lora with dropout, weight decay and clipping, offloaded or not; and the tied output layer."""
+    """full, last_layers and lora with dropout, weight decay and clipping, offloaded or not."""
     meeting = (tmp_path / "meeting").as_uri()
     outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
     ranks = [
         subprocess.Popen([sys.executable, zero_jobs.__file__, str(rank), "2", meeting, str(out), str(tiny_llama)])
         for rank, out in enumerate(outs)
     ]
-    expected = {method: zero_jobs.outcome(tiny_llama, method, 0, "none", ALONE) for method in zero_jobs.METHODS}
+    expected = {
+        method: zero_jobs.outcome(tiny_llama, method, 0, "none", ALONE) for method in ("full", "last_layers", "lora")
+    }
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
     first, second = (torch.load(out) for out in outs)
-    assert len(first) == len(zero_jobs.METHODS) * len(zero_jobs.SETTINGS)
+    assert list(first) == zero_jobs.SETTINGS
     for (method, *setting), found in first.items():
         plain = expected[method]
         assert found.keys() == plain.keys()
@@ -56,31 +58,29 @@ def test_every_stage_equals_one_process(tiny_llama: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(found["losses"], plain["losses"], rtol=TOLERANCE, atol=0)
         torch.testing.assert_close(found["norms"], plain["norms"], rtol=1e-4, atol=0)
         for name, tensor in plain.items():
-            assert float((found[name] - tensor).norm()) <= 2e-3 * float(tensor.norm()), (method, setting, name)
+            assert float((found[name] - tensor).float().norm()) <= 2e-3 * float(tensor.float().norm()), (
+                method,
+                setting,
+                name,
+            )
         for name, tensor in second[(method, *setting)].items():
             assert torch.equal(found[name], tensor), (method, setting, name)
 
 
 @needs_deepspeed
-def test_one_goes_on_from_two_and_two_from_one_and_a_killed_rank_loses_nothing(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    settings: dict[str, Any] = {"method": "full", "learning_rate": 1e-3}
-    whole = luthier.train(recipe_for(tiny_llama, tmp_path, "whole", **settings)).folder
-    with pytest.raises(KeyboardInterrupt):
-        luthier.train(
-            zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=3, **settings), progress=At(2, press_ctrl_c)
-        )
-    with pytest.raises(KeyboardInterrupt):
-        one = {**zero_recipe(tiny_llama, tmp_path, "run", devices=1, zero=0, **settings)}
-        luthier.train(one, resume=True, progress=At(4, press_ctrl_c))
-    again = zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=2, **settings)
+def test_a_killed_rank_loses_nothing_and_other_ranks_and_stages_go_on(tiny_llama: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "epochs": 4}
+    whole = luthier.train(recipe_for(tiny_llama, tmp_path, "whole", micro_batch_tokens=100, **settings)).folder
+    two = zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=3, **settings)
     with pytest.raises(ProcessLostError, match="rank 1 of 2"):
-        luthier.train(again, resume=True, progress=At(6, kill_a_rank))
-    result = luthier.train(again, resume=True)
+        luthier.train(two, progress=At(random.randint(4, 8), kill_a_rank))
+    one = recipe_for(tiny_llama, tmp_path, "run", micro_batch_tokens=100, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        luthier.train(one, resume=True, progress=At(13, press_ctrl_c))
+    result = luthier.train(zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=2, **settings), resume=True)
     assert result.status == "done"
+    assert result.result["num_processes"] == 2
     assert_equal_runs(tmp_path / "run", whole)
-    assert json.loads((whole / "result.json").read_text())["num_steps"] == result.result["num_steps"]
 
 
 def test_states_are_the_papers() -> None:
@@ -99,7 +99,7 @@ def test_states_are_the_papers() -> None:
         ({"method": {"type": "dora", "rank": 2}}, "outside their layers' forward"),
         ({"method": "lokr"}, "outside their layers' forward"),
         ({"method": {"type": "lora", "modules_to_save": ["norm"]}}, "in full"),
-        ({"task": {"type": "classification", "head": "sequence", "labels": ["a", "b"]}}, "a head"),
+        ({"task": {"type": "classification", "head": "linear", "labels": ["a", "b"]}}, "a head"),
         ({"train": {"optimizer": "adamw_8bit"}}, "torch's AdamW alone"),
     ],
 )
