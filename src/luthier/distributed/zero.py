@@ -299,9 +299,10 @@ def import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed takes the device from it alone
-    with _quiet():
-        import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It sets its own level as it is loaded, and writes to standard output, which belongs to results: a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    import deepspeed
+
     return deepspeed
 
 
