@@ -20,6 +20,7 @@ from luthier.engine.ranks import ALONE
 from luthier.engine.zero_states import ModelStates, model_states
 from luthier.errors import LuthierError, ProcessLostError, RecipeError
 from luthier.recipe import load_recipe
+from luthier.worker.plan import plan_recipe
 from luthier.worker.zero import check_zero
 
 TOLERANCE = 1e-5
@@ -89,6 +90,18 @@ def test_states_are_the_papers() -> None:
     assert totals == pytest.approx([31.4, 16.6, 1.9], abs=0.05)
     assert model_states(90, 10, 4, 3, 2) == ModelStates(200, 20, 60)
     assert model_states(90, 10, 4, 0, 2) == ModelStates(400, 40, 80)
+
+
+def test_a_plan_tells_the_states_of_each_stage(tiny_llama: Path, tmp_path: Path) -> None:
+    for method in ("full", None):
+        recipe = load_recipe(recipe_for(tiny_llama, tmp_path, "run", devices=2, method=method))
+        facts = plan_recipe(recipe).to_json()
+        rows, sizes = facts["zero"], facts["bytes"]
+        assert [row["stage"] for row in rows] == [0, 1, 2, 3]
+        assert rows[0]["weights"] == sizes["weights"] + sizes["adapter"]
+        assert rows[0]["optimizer"] == sizes["optimizer"] == 8 * facts["num_trained_parameters"]
+        assert rows[3]["weights"] == rows[0]["weights"] // 2
+        assert rows[1]["optimizer"] == 6 * facts["num_trained_parameters"]
 
 
 @needs_deepspeed

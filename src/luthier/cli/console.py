@@ -136,7 +136,7 @@ def quiet_libraries() -> None:
     import logging as standard
 
     standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # it tells of kernels that it would rather have
-    # DeepSpeed remarks on standard output, and accelerate imports it where it is. It sets its own level: a filter stays.
+    # DeepSpeed talks on standard output, and accelerate imports it where it is. It sets its own level; a filter stays.
     standard.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= standard.ERROR)
 
     from transformers.utils import logging
