@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from luthier.compute import NOT_THERE, ComputeConfig
+from luthier.compute import NOT_THERE, ZERO_TABLE, ComputeConfig
 from luthier.files import write_text
 from luthier.methods.config import MethodConfig
 from luthier.methods.exclusive.config import ExclusiveConfig
@@ -55,7 +55,7 @@ def page() -> str:
     parts += [_section(f"`task: {_type_of(task)}`", task) for task in choices(TaskConfig)]
     parts += [_method_section(method) for method in choices(MethodConfig)]
     parts += [_section("`train`", TrainConfig), _section("`evaluation`", EvaluationConfig)]
-    parts += [_section("`compute`", ComputeConfig), _refusals()]
+    parts += [_section("`compute`", ComputeConfig), _refusals(), _zero_table()]
     return "\n".join(parts)
 
 
@@ -63,6 +63,16 @@ def _refusals() -> str:
     """What `compute` names and does not do yet."""
     lines = ["Refused for now, each with its reason:", "", "| value | reason |", "|---|---|"]
     lines += [f"| `{field}: {value}` | {reason} |" for (field, value), reason in NOT_THERE.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _zero_table() -> str:
+    """Which methods train under which stage of ZeRO."""
+    lines = ["Methods under ZeRO; `own weights` are `full`, `last_layers` and `bias`, `peft` all of peft's:", ""]
+    lines += ["| method | `zero: 1` | `zero: 2` | `zero: 3` |", "|---|---|---|---|"]
+    for kind in dict.fromkeys(kind for kind, _ in ZERO_TABLE):
+        cells = [ZERO_TABLE[kind, stage] for stage in (1, 2, 3)]
+        lines.append(f"| {kind} | " + " | ".join(f"refused: {cell}" if cell else "yes" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

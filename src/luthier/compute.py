@@ -1,7 +1,7 @@
 """The machine's part of a recipe: the device, threads, and over how many processes one training goes.
 
-What the format names and this version cannot do yet stands in `NOT_THERE`, the one table of refusals; the reference of
-the recipe prints it.
+What the format names and this version cannot do yet stands in `NOT_THERE`, which methods train under ZeRO in
+`ZERO_TABLE`; the reference of the recipe prints both.
 """
 
 from __future__ import annotations
@@ -9,25 +9,40 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from luthier.strict import Strict
 
-_SHARDED = "every process holds the whole base; leave it at 0, or choose a smaller base or `method: qlora`"
-_OFFLOADED = "nothing is moved to the host's memory; leave it at none, or set train.optimizer: paged_adamw"
-
 NOT_THERE: dict[tuple[str, str], str] = {
-    ("zero", "1"): f"the optimizer's state is not shared out over processes yet: {_SHARDED}",
-    ("zero", "2"): f"gradients are not shared out over processes yet: {_SHARDED}",
-    ("zero", "3"): f"weights are not shared out over processes yet: {_SHARDED}",
-    ("offload", "optimizer"): f"the optimizer's state stays where the weights are: {_OFFLOADED}",
-    ("offload", "parameters"): f"weights stay on their device: {_OFFLOADED}",
     (
         "deepspeed",
         "a file",
-    ): "no DeepSpeed runs here yet: leave it out, and set `devices` for plain data parallelism",
+    ): "a DeepSpeed configuration of your own is not read yet: leave it out, and set `zero` and `offload`",
 }
 """(field, value) -> why it is refused and what to do."""
+
+
+MethodKind = Literal["own weights", "lora", "the bank's others", "peft"]
+
+_READS_WEIGHTS = (
+    "it computes with the base's weights outside their layers' forward, and there each process holds a part of them"
+)
+
+ZERO_TABLE: dict[tuple[MethodKind, int], str] = {
+    ("own weights", 1): "",
+    ("own weights", 2): "",
+    ("own weights", 3): "",
+    ("lora", 1): "",
+    ("lora", 2): "",
+    ("lora", 3): "",
+    ("the bank's others", 1): "it has not been shown to train so",
+    ("the bank's others", 2): "it has not been shown to train so",
+    ("the bank's others", 3): _READS_WEIGHTS,
+    ("peft", 1): "what it does around a step needs whole gradients",
+    ("peft", 2): "what it does around a step needs whole gradients",
+    ("peft", 3): _READS_WEIGHTS,
+}
+"""(kind of method, stage) -> why it is refused, or "" where it works. Offload changes nothing about it."""
 
 
 class ComputeConfig(Strict):
@@ -41,9 +56,11 @@ class ComputeConfig(Strict):
     """Processes that train one recipe together, each on a device of its own; auto is one for every GPU that is here,
     and one on a CPU. Under torchrun it is as many as that started. A resume may take another number."""
     zero: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage: what is shared out over the processes. 0 is plain data parallelism: nothing but the rows."""
+    """ZeRO stage: what is shared out over the processes, by DeepSpeed. 0 is plain data parallelism: nothing but the
+    rows; 1 the optimizer's state; 2 gradients too; 3 weights too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What waits in the host's memory while a GPU does not need it."""
+    """What waits in the host's memory while a GPU does not need it: the optimizer's state from stage 1 on; weights too
+    at stage 3."""
     deepspeed: str | None = None
     """A DeepSpeed configuration file of your own."""
 
@@ -62,7 +79,14 @@ class ComputeConfig(Strict):
             raise ValueError("a number of processes is 1 or more, or auto for one a GPU")
         return value
 
-    @field_validator("zero", "offload", "deepspeed")
+    @model_validator(mode="after")
+    def _offload_has_its_stage(self) -> ComputeConfig:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero < least:
+            raise ValueError(f"offload: {self.offload} is DeepSpeed's, and needs zero: {least} or more")
+        return self
+
+    @field_validator("deepspeed")
     @classmethod
     def _is_there(cls, value: object, info: ValidationInfo) -> object:
         known = "a file" if info.field_name == "deepspeed" and value is not None else str(value)

@@ -13,6 +13,8 @@ from luthier.errors import RecipeError
 MINIMUM_BITSANDBYTES = "0.50"
 """The first with 8-bit AdamW on a CPU and one dequantization for every processor; as in pyproject.toml."""
 
+MINIMUM_DEEPSPEED = "0.19.8"
+"""The one that was tested: gradient accumulation that the caller bounds, on CPU processes too; as in pyproject.toml."""
 
 _EXTRAS = {"mido": "music", "defusedxml": "art", "resvg_py": "art"}
 """Package -> its extra, where that is not `tasks`."""
@@ -43,12 +45,19 @@ def require_bitsandbytes(purpose: str) -> None:
     Raises:
         RecipeError: naming the extra to install.
     """
-    fix = "pip install 'luthier[qlora]'"
+    _require("bitsandbytes", MINIMUM_BITSANDBYTES, "qlora", purpose)
+
+
+def require_deepspeed(purpose: str) -> None:
+    """As `require_bitsandbytes`, of DeepSpeed."""
+    _require("deepspeed", MINIMUM_DEEPSPEED, "deepspeed", purpose)
+
+
+def _require(package: str, minimum: str, extra: str, purpose: str) -> None:
+    fix = f"pip install 'luthier[{extra}]'"
     try:
-        found = importlib.metadata.version("bitsandbytes")
+        found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise RecipeError(f"{purpose} needs bitsandbytes, which is not installed", fix=fix) from None
-    if Version(found) < Version(MINIMUM_BITSANDBYTES):
-        raise RecipeError(
-            f"{purpose} needs bitsandbytes, and {found} is installed", f"{MINIMUM_BITSANDBYTES} or later", fix
-        )
+        raise RecipeError(f"{purpose} needs {package}, which is not installed", fix=fix) from None
+    if Version(found) < Version(minimum):
+        raise RecipeError(f"{purpose} needs {package}, and {found} is installed", f"{minimum} or later", fix)

@@ -158,12 +158,7 @@ def test_the_state_says_who_died_and_keeps_the_trace_of_a_kill(tiny_llama: Path,
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("zero", 1, "optimizer's state is not shared out"),
-        ("zero", 2, "gradients are not shared out"),
-        ("zero", 3, "weights are not shared out"),
-        ("offload", "optimizer", "optimizer's state stays"),
-        ("offload", "parameters", "weights stay on their device"),
-        ("deepspeed", "my.json", "no DeepSpeed runs here yet"),
+        ("deepspeed", "my.json", "not read yet"),
         ("zero", 4, "0, 1, 2 or 3"),
         ("devices", 0, "a number of processes is 1 or more"),
         ("devices", "many", "found 'many'; a number of processes"),

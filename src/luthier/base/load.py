@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,16 @@ class Forward:
     """What a forward gives: hidden_TD for every token, and logits_PV where the base's own head had to compute them."""
 
     hidden_TD: Tensor
-    logits_PV: Tensor | None
+    logits_PV: Tensor | None = None
+
+
+Outputs = tuple[Tensor, ...]
+"""What `Forward` is made of."""
+
+
+def at_once(run: Callable[[], Outputs]) -> Outputs:
+    """Run it."""
+    return run()
 
 
 class Base:
@@ -54,9 +64,13 @@ class Base:
         num_sharing: Processes that share the device's memory with this one, itself included.
         num_lead: Positions that stand before every sequence in the padded layout: virtual tokens of an exclusive job.
         fast_body: The body by fast blocks, or None (`fast_body_problem` says why).
+        is_sharded: Whether this process holds a part of each weight alone (ZeRO 3), so that none is read but in its own
+            layer's forward.
+        enter: Runs the model's forward, which it is given; what shares weights out learns so that one begins.
     """
 
     num_lead = 0
+    is_sharded = False
 
     def __init__(
         self,
@@ -93,6 +107,7 @@ class Base:
         self.is_packed = True
         self.is_checkpointing = False
         self.num_sharing = 1
+        self.enter: Callable[[Callable[[], Outputs]], Outputs] = at_once
         self.head_is_plain = False
         self.packing_problem = ""
         self.fast_body: FastBody | None = None
@@ -194,11 +209,15 @@ class Base:
         at_T = None if self.is_packed else self._padded_index(batch)
         # Not restored afterwards: a backward that recomputes blocks must meet the same attention.
         self.config._attn_implementation = PACKED_ATTENTION if self.is_packed else self._attention
-        if wants_logits:
-            assert keep is not None
-            return self._forward_with_head(inputs, keep, at_T, batch)
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return Forward(self._flat(hidden, at_T), None)
+
+        def run() -> Outputs:
+            if wants_logits:
+                assert keep is not None
+                return self._forward_with_head(inputs, keep, at_T, batch)
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            return (self._flat(hidden, at_T),)
+
+        return Forward(*self.enter(run))
 
     def _body_takes(self, cache: Any) -> bool:
         """Whether the fast body runs forwards over this cache."""
@@ -212,7 +231,7 @@ class Base:
 
     def _forward_with_head(
         self, inputs: dict[str, Any], keep_P: Tensor, at_T: Tensor | None, batch: PackedBatch
-    ) -> Forward:
+    ) -> Outputs:
         captured: list[Tensor] = []
         hook = self.model.base_model.register_forward_hook(lambda _m, _i, out: captured.append(out.last_hidden_state))
         try:
@@ -230,7 +249,7 @@ class Base:
                 logits_PV = logits[padded_P // length, column_P]
         finally:
             hook.remove()
-        return Forward(self._flat(captured[0], at_T), logits_PV)
+        return self._flat(captured[0], at_T), logits_PV
 
     def logits(self, hidden_PD: Tensor, segments: tuple[Segment, ...]) -> Tensor:
         """Logits [P, V] of hidden states by the output layer, each row with its own slot's changes to it.

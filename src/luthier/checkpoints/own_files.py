@@ -42,7 +42,8 @@ def write_trained(slot: OwnSlot, folder: Path, shard_bytes: int = SHARD_BYTES) -
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {_PARAMETER + name: parameter for name, parameter in slot.parameters().items()}
+    values = {**slot.parameters(), **slot.whole}
+    tensors: dict[str, Tensor] = {_PARAMETER + name: tensor for name, tensor in values.items()}
     tensors |= {_METHOD + name: tensor for name, tensor in slot.state().items()}
     shards = _shards(tensors, shard_bytes)
     for number, names in enumerate(shards, start=1):

@@ -132,6 +132,8 @@ def quiet_libraries() -> None:
 
     # bitsandbytes warns at import of kernels that only some other machine would have; peft imports it where it is.
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
+    # DeepSpeed talks on standard output, and accelerate imports it where it is. It sets its own level; a filter stays.
+    python_logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= python_logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
     with importing():

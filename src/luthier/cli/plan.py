@@ -103,4 +103,11 @@ def _sentences(plan: RecipePlan) -> list[str]:
         lines.append(f"It fits in smaller parts alone: {room}, for micro-batches of at most {most:,} tokens.")
     else:
         lines.append(f"It does not fit: {room}. Try method: qlora, a lower rank, or train.optimizer: adamw_8bit.")
+    states = facts["zero"]
+    if states and (states[0]["num_ranks"] > 1 or plan.recipe.compute.zero):
+        each = ", ".join(f"{gib(row['total'])} at {row['stage']}" for row in states)
+        lines.append(
+            f"Over {states[0]['num_ranks']} processes each holds of weights, gradients and optimizer, by stage of "
+            f"compute.zero: {each}. The table above is of a process without ZeRO."
+        )
     return lines

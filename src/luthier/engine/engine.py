@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from luthier.base.load import Base
 from luthier.engine.graphs import build_step_graphs
@@ -27,6 +28,7 @@ from luthier.engine.planner import Offer, plan
 from luthier.engine.ranks import ALONE, Ranks
 from luthier.engine.rounds import share_by_tokens, sum_batches
 from luthier.engine.step import train_step
+from luthier.errors import MemoryShortError
 
 DEFAULT_BUDGET_TOKENS = 4096
 
@@ -137,7 +139,11 @@ class Engine:
         loads = [0] * self.ranks.size
         for job in jobs:
             self._count_served(job, sum(job.batch_lengths))
-            job.keep_share(share_by_tokens(job.batch_lengths, loads)[self.ranks.rank])
+            shares = share_by_tokens(job.batch_lengths, loads)
+            if job.optimizer.shares_state:
+                job.keep_even_share(shares, self.ranks.rank)
+            else:
+                job.keep_share(shares[self.ranks.rank])
         return jobs
 
     def _forward(self, jobs: list[TrainingJob]) -> None:
@@ -147,10 +153,17 @@ class Engine:
         started = time.perf_counter()
         try:
             denominators = {job.slot.index: job.denominator for job in jobs}
-            reports = train_step(self.base, batch, denominators, self._graphs)
+            backward = jobs[0].optimizer.backward if self._shares_state(jobs) else Tensor.backward
+            reports = train_step(self.base, batch, denominators, self._graphs, backward)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if self._shares_state(jobs):  # the other ranks are in the middle of the same forward, and wait for this one
+                raise MemoryShortError(
+                    f"memory ran out in a forward of {batch.num_tokens:,} tokens",
+                    "forwards that fit on every rank: under ZeRO none can become smaller by itself",
+                    "lower train.micro_batch_tokens, or set train.gradient_checkpointing: on, and go on with --resume",
+                ) from error
             self._make_room(jobs, error)
             return
         seconds = time.perf_counter() - started
@@ -159,6 +172,10 @@ class Engine:
             if not self._has_rounds:
                 self._count_served(job, report.num_tokens)
             job.accumulate(report, seconds * report.num_tokens / batch.num_tokens)
+
+    def _shares_state(self, jobs: Sequence[TrainingJob]) -> bool:
+        """Whether ranks hold parts of the one job's state, so that its gradients are not autograd's alone to make."""
+        return any(job.optimizer.shares_state for job in jobs)
 
     def _finish(self, jobs: list[TrainingJob]) -> list[StepReport]:
         """Step jobs whose optimizer batch is complete."""
@@ -180,7 +197,7 @@ class Engine:
 
     def _gradient_norms(self, jobs: list[TrainingJob]) -> dict[str, float]:
         """Of the jobs whose optimizer batch is complete, read at once: on a GPU every read waits for the device."""
-        if self.base.device.type == "cpu":
+        if self.base.device.type == "cpu" or self._shares_state(jobs):
             return {}
         norms = torch.stack([job.optimizer.finish_gradient() for job in jobs]).tolist()
         return {job.name: norm for job, norm in zip(jobs, norms, strict=True)}

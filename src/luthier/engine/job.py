@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,9 +62,17 @@ class TrainingJob:
         slot: Its slot in the bank, or the one slot of a base that it owns.
         examples: What it trains on.
         spec: How.
+        make_optimizer: Makes what steps the slot, of what `JobOptimizer` takes first.
     """
 
-    def __init__(self, name: str, slot: Slot | OwnSlot, examples: Examples, spec: TrainSpec) -> None:
+    def __init__(
+        self,
+        name: str,
+        slot: Slot | OwnSlot,
+        examples: Examples,
+        spec: TrainSpec,
+        make_optimizer: Callable[..., JobOptimizer] = JobOptimizer,
+    ) -> None:
         if len(examples) == 0:
             raise ValueError(f"job {name} has no examples")
         self.name = name
@@ -73,7 +82,7 @@ class TrainingJob:
         self.micro_batch_tokens = spec.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
         self.steps_per_epoch = math.ceil(len(examples) / spec.batch_size)
         self.total_steps = total_steps(len(examples), spec)
-        self.optimizer = JobOptimizer(
+        self.optimizer = make_optimizer(
             slot.parameters(), spec, self.total_steps, slot.rate_ratios(), slot.hooks, slot.flat
         )
         self.state: State = "running"
@@ -82,6 +91,7 @@ class TrainingJob:
         self._pending: deque[list[PackItem]] = deque()
         self._has_begun = False
         self._mine: list[int] | None = None
+        self._num_idle = 0
         self._order: tuple[int, np.ndarray] | None = None
         self._denominator = 0.0
         self._lengths: list[int] = []
@@ -131,10 +141,35 @@ class TrainingJob:
         self._mine = positions
         self._begin_step()
 
+    def keep_even_share(self, shares: Sequence[Sequence[int]], rank: int) -> None:
+        """As `keep_share` for `shares[rank]`, in as many micro-batches as every rank has: what a rank lacks it idles.
+
+        Sequences that carry no loss are counted and not run, for each forward must have its backward.
+        """
+        self.restart_step()
+        self._begin_step()
+        items = [item for micro in self._pending for item in micro]
+        split = [
+            split_by_tokens([items[at] for at in share if loss_weight(items[at].example) > 0], self.micro_batch_tokens)
+            for share in shares
+        ]
+        silent = [items[at] for at in shares[rank] if loss_weight(items[at].example) == 0]
+        self._totals = SlotReport(0.0, 0.0, sum(item.example.num_tokens for item in silent), 0)
+        supervised = [item for item in items if loss_weight(item.example) > 0]
+        self._num_idle = max(map(len, split)) - len(split[rank])
+        shortest = min(supervised, key=lambda item: item.example.num_tokens, default=None)
+        idle = [[shortest]] * self._num_idle if shortest is not None else []
+        self._pending = deque([*split[rank], *idle])
+
+    @property
+    def is_idling(self) -> bool:
+        """Whether the next micro-batch is there because other ranks have one, and counts for nothing."""
+        return 0 < len(self._pending) <= self._num_idle
+
     @property
     def denominator(self) -> float:
-        """Total weight of the current optimizer batch."""
-        return self._denominator
+        """Total weight of the current optimizer batch; endless where the next micro-batch counts for nothing."""
+        return math.inf if self.is_idling else self._denominator
 
     @property
     def is_complete(self) -> bool:
@@ -148,7 +183,11 @@ class TrainingJob:
 
     def accumulate(self, report: SlotReport, seconds: float) -> None:
         """Take in the report on `next_micro_batch()`."""
+        is_idle = self.is_idling
         self._pending.popleft()
+        if is_idle:
+            self._num_idle -= 1
+            return
         totals = self._totals
         self._totals = SlotReport(
             totals.nll_sum + report.nll_sum,
@@ -172,6 +211,7 @@ class TrainingJob:
         """Drop what the current optimizer batch has accumulated, so that it starts again from its first micro-batch."""
         self.optimizer.zero_grad()
         self._pending.clear()
+        self._num_idle = 0
         self._has_begun = False
         self._totals = SlotReport(0.0, 0.0, 0, 0)
         self._seconds = 0.0

@@ -247,7 +247,7 @@ def measured_costs(base: Base, job: TrainingJob, vocabulary_size: int | None = N
     trained = [p.numel() * p.element_size() for p in job.slot.parameters().values() if p.requires_grad]
     return JobCosts(
         adapters=sum(trained),
-        gradients=sum(trained),
+        gradients=job.optimizer.gradient_bytes,
         optimizer=job.optimizer.state_bytes,
         largest=max(trained, default=0),
         per_token=activation_bytes_per_token(base, job.slot),

@@ -6,7 +6,8 @@ Nothing is shared between jobs, so weight decay and moments of a slot that is no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -43,7 +44,12 @@ class JobOptimizer:
         rate_ratios: Learning rates as multiples of the job's, of those parameters that have another.
         hooks: What the method does around each step, or None.
         flat: Memory that some of the parameters share.
+
+    Attributes:
+        shares_state: Whether ranks hold a part of its state each, so that all of them run forwards equally often.
     """
+
+    shares_state = False
 
     def __init__(
         self,
@@ -66,6 +72,21 @@ class JobOptimizer:
     def learning_rate(self) -> float:
         """The rate that the next step uses."""
         return learning_rate_at(self.num_steps, self.total_steps, self.spec)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a part of the optimizer batch's, to the parameters'."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def shard(self) -> None:
+        """Share the state out over the ranks, where that is to be: before the first step."""
+
+    def gather(self) -> None:
+        """Make the parameters whole again, where they are parts: after the last step."""
+
+    @contextmanager
+    def consolidated(self) -> Iterator[Mapping[str, Tensor]]:
+        """Within it `state` gives all of the state; yields values of parameters that are not whole by themselves."""
+        yield {}
 
     def finish_gradient(self) -> Tensor:
         """Let the method add its part, once the optimizer batch is complete; the gradient's 2-norm, on the device."""
@@ -121,6 +142,11 @@ class JobOptimizer:
     def state_bytes(self) -> int:
         """What the moments will take on the parameters' device."""
         return self._adamw.state_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients will take there."""
+        return sum(p.numel() * p.element_size() for p in self.parameters.values() if p.requires_grad)
 
     def state(self) -> dict[str, Tensor]:
         """The moments of every parameter, by name; `num_steps` is kept by the checkpoint."""

@@ -39,6 +39,9 @@ class OwnSlot:
         has_moved: Whether the weights may differ from where the job began.
         token_rows: Always None: exclusive methods add no tokens.
         flat: Always None: what trains here lies where the model has it.
+        has_masters: Whether masters are kept for narrow weights; not where somebody else keeps them (ZeRO).
+        exact: Without masters, the loaded values that the model's narrower weights could not hold.
+        whole: Values that a checkpoint takes instead of parameters of which this process holds a part alone.
     """
 
     spec: ExclusiveSpec
@@ -50,11 +53,15 @@ class OwnSlot:
     index: int = OWN_SLOT
     token_rows: None = None
     flat: None = None
+    has_masters: bool = True
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, parameter in self.live.items():
             parameter.requires_grad_(True)
-            self.trained[name] = _with_master(parameter) if parameter.element_size() < 4 else parameter
+            needs_master = self.has_masters and parameter.element_size() < 4
+            self.trained[name] = _with_master(parameter) if needs_master else parameter
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained tensor under a stable name, in the model's order."""
@@ -113,6 +120,8 @@ class OwnSlot:
             if parameter.shape != tensors[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
             parameter.copy_(tensors[name])
+            if parameter.element_size() < tensors[name].element_size():
+                self.exact[name] = tensors[name]
         self.publish()
 
     @torch.no_grad()

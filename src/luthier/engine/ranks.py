@@ -66,6 +66,14 @@ def any_of(ranks: Ranks, value: bool) -> bool:
     return bool(count > 0)
 
 
+def least_of(ranks: Ranks, value: int) -> int:
+    """The least of all ranks' values; the same on all."""
+    found = torch.zeros(ranks.size, dtype=torch.int64)
+    found[ranks.rank] = value
+    ranks.sum_(found)
+    return int(found.min())
+
+
 def check_alike(ranks: Ranks, tensors: Iterable[Tensor], what: str) -> None:
     """Compare a digest of `tensors` over the ranks.
 

@@ -6,7 +6,7 @@ Shapes: P supervised positions, C positions with a class, N sequences, K classes
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,11 @@ class _Classes:
 
 
 def train_step(
-    base: Base, batch: PackedBatch, denominators: Mapping[int, float], graphs: StepGraphs | None = None
+    base: Base,
+    batch: PackedBatch,
+    denominators: Mapping[int, float],
+    graphs: StepGraphs | None = None,
+    backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> dict[int, SlotReport]:
     """Forward and backward; gradients add up in each slot's parameters.
 
@@ -109,6 +113,7 @@ def train_step(
             that total, so that however the optimizer batch is split, and whoever is in the batch, its gradient is the
             same.
         graphs: Captured steps, which take the small batches that they can.
+        backward: Makes the gradients of a loss.
     """
     routing = base.routing(batch, training=True)
     with base.bank.routed(routing):
@@ -132,15 +137,20 @@ def train_step(
             loss_M = found.pairs.loss_M
             parts.append((loss_M / _per_row(batch.pairs.segments, denominators, loss_M)).sum())
         if parts:  # a micro-batch may hold only rows whose weights are all 0
-            functools.reduce(torch.add, parts).backward()
+            backward(functools.reduce(torch.add, parts))
     return _slot_reports(batch, found)
 
 
-@torch.inference_mode()
 def score(base: Base, batch: PackedBatch) -> list[SequenceReport]:
     """Forward only: scores of every sequence or pair, in the batch's order (sorted by slot)."""
-    with base.bank.routed(base.routing(batch, training=False)):
+    # Weights that are gathered for this forward may be met by a backward later.
+    mode = torch.no_grad() if base.is_sharded else torch.inference_mode()
+    with mode, base.bank.routed(base.routing(batch, training=False)):
         found = _scores(base, batch)
+        return _sequence_reports(base, batch, found)
+
+
+def _sequence_reports(base: Base, batch: PackedBatch, found: _Scores) -> list[SequenceReport]:
     tokens, classes = found.tokens, found.classes
     sums = torch.zeros(4, batch.num_sequences, dtype=torch.float64, device=base.device)
     if tokens is not None:

@@ -189,10 +189,14 @@ class Judging:
         between = self.between
         on_done = (lambda done: None) if between is None else (lambda done: between())
         lengths = [example.num_tokens for example in self.validation]
-        mine = share_by_tokens(lengths, [0] * self.ranks.size)[self.ranks.rank]
-        examples = [self.validation[position] for position in mine]
+        examples, ranks = self.validation, self.ranks
+        if not self.base.is_sharded:  # else every forward is all ranks' together, so each scores all
+            mine = share_by_tokens(lengths, [0] * ranks.size)[ranks.rank]
+            examples = [self.validation[position] for position in mine]
+        else:
+            ranks = ALONE
         reports = score_examples(self.base, examples, self.job.slot.index, on_done, self.score_tokens)
-        values = mean_loss(reports, head_of(self.data.task), self.ranks)
+        values = mean_loss(reports, head_of(self.data.task), ranks)
         self.folder.append_metric(kind="evaluation", step=step, **values)
         return values
 

@@ -22,6 +22,7 @@ from luthier.checkpoints.peft_names import HEAD
 from luthier.data.prepare import PreparedData, prepare
 from luthier.data.store import ReferencedStore
 from luthier.data.template import Renderer
+from luthier.distributed.zero import WEIGHTS_STAGE
 from luthier.engine.pack import BASE_SLOT
 from luthier.engine.scoring import reference_margins
 from luthier.errors import RecipeError, RunError
@@ -114,18 +115,41 @@ def check_optimizer(recipe: Recipe, device: str) -> None:
         )
 
 
-def load_placed(placement: Placement, threads: int | None = None) -> Base:
-    """Load the base where `placement` says."""
+def load_placed(placement: Placement, threads: int | None = None, zero: int = 0) -> Base:
+    """Load the base where `placement` says.
+
+    Args:
+        zero: The stage by which a job on it will be shared out: DeepSpeed knows autograd's gradients alone, and at
+            stage 3 no weight is there but in its own layer's forward.
+    """
     set_threads(placement, threads)
-    return load_base(
-        placement.folder, device=placement.device, dtype=placement.dtype, quantization=placement.quantization
+    base = load_base(
+        placement.folder,
+        device=placement.device,
+        dtype=placement.dtype,
+        quantization=placement.quantization,
+        use_reference=zero >= WEIGHTS_STAGE,
+        wants_fast_body=False if zero else None,
     )
+    base.head_is_plain = base.head_is_plain and zero < WEIGHTS_STAGE
+    return base
 
 
-def load_own_placed(placement: Placement, spec: ExclusiveSpec, seed: int, threads: int | None = None) -> OwnBase:
-    """Load a base for one exclusive job; errors as `methods.exclusive.layer.load_own`."""
+def load_own_placed(
+    placement: Placement, spec: ExclusiveSpec, seed: int, threads: int | None = None, zero: int = 0
+) -> OwnBase:
+    """Load a base for one exclusive job; `zero` as in `load_placed`, errors as `methods.exclusive.layer.load_own`."""
     set_threads(placement, threads)
-    return load_own(placement.folder, spec, seed=seed, device=placement.device, dtype=placement.dtype)
+    base = load_own(
+        placement.folder,
+        spec,
+        seed=seed,
+        device=placement.device,
+        dtype=placement.dtype,
+        has_masters=zero == 0,
+    )
+    base.head_is_plain = base.head_is_plain and zero < WEIGHTS_STAGE
+    return base
 
 
 def set_threads(placement: Placement, threads: int | None) -> None:

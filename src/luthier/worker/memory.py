@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from luthier.base.load import Base
 from luthier.engine.engine import Engine
 from luthier.engine.memory import MemoryPlan, fit_micro_batches, plan_memory, recompute_few
+from luthier.engine.ranks import least_of
 from luthier.errors import MemoryShortError
 from luthier.worker.killed import note_training, tokens_after_kill
 from luthier.worker.progress import Progress, gib
@@ -44,6 +45,13 @@ def settle_memory(engine: Engine, runs: Sequence[Run], progress: Progress) -> Me
     for run in runs:
         note_training(run.folder, plan.tokens)
     return plan
+
+
+def settle_micro_batches(engine: Engine) -> None:
+    """Where ranks share a job's state, all cut its batches as the one with the least room does."""
+    for job in engine.jobs.values():
+        if job.optimizer.shares_state:
+            job.micro_batch_tokens = least_of(engine.ranks, job.micro_batch_tokens)
 
 
 def _halve_killed(engine: Engine, runs: Sequence[Run], progress: Progress) -> None:

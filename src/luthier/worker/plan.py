@@ -15,12 +15,13 @@ import torch
 from luthier.base.fetch import tokenizer_folder
 from luthier.base.folder import weight_files
 from luthier.base.load import torch_dtype
-from luthier.base.outline import read_config
+from luthier.base.outline import outline, read_config
 from luthier.data.check import train_files
 from luthier.data.prepare import PreparedData
 from luthier.data.template import Renderer
 from luthier.engine.memory import available_bytes
 from luthier.engine.sample import MAX_ROWS
+from luthier.engine.zero_states import model_states
 from luthier.errors import LuthierError, ModelError, RecipeError
 from luthier.recipe import Recipe
 from luthier.tasks.registry import head_of
@@ -89,6 +90,36 @@ class RecipePlan:
             "available": self.capacity,
         }
 
+    def model_states(self) -> list[dict[str, int]]:
+        """Bytes of model states that each of the recipe's processes would hold at ZeRO's stages 0 to 3.
+
+        Empty where the base is quantized, which ZeRO does not train.
+        """
+        if self.placement.quantization is not None:
+            return []
+        devices = self.recipe.compute.devices
+        num_ranks = devices if isinstance(devices, int) else 1
+        itemsize = torch_dtype(self.placement.dtype).itemsize
+        num_trained, num_base = self.foresight.num_trained, outline(self.placement.folder).num_parameters
+        owns = self.foresight.owns_weights
+        found = []
+        for stage in range(4):
+            # Factors of a method of the bank are float32 beside a base of any width.
+            frozen = model_states(num_base - num_trained if owns else num_base, 0, itemsize, stage, num_ranks)
+            trained = model_states(0, num_trained, itemsize if owns else 4, stage, num_ranks)
+            weights = frozen.weights + trained.weights
+            found.append(
+                {
+                    "stage": stage,
+                    "num_ranks": num_ranks,
+                    "weights": weights,
+                    "gradients": trained.gradients,
+                    "optimizer": trained.optimizer,
+                    "total": weights + trained.gradients + trained.optimizer,
+                }
+            )
+        return found
+
     def to_json(self) -> dict[str, Any]:
         return {
             "base": self.recipe.base,
@@ -101,6 +132,7 @@ class RecipePlan:
             "micro_batch_tokens": self.foresight.memory.tokens,
             "lengths_from": "data" if self.knows_data else "recipe",
             "bytes": self.bytes_of(),
+            "zero": self.model_states(),
             "largest_micro_batch_tokens": self.largest_micro_batch_tokens,
             "fits": self.fits,
         }

@@ -45,6 +45,8 @@ from luthier.worker.reference import with_reference
 from luthier.worker.result import RunResult, kept_result
 from luthier.worker.run_folder import RunFolder
 from luthier.worker.start import started_own_slot, started_slot
+from luthier.worker.verify import check_result
+from luthier.worker.zero import optimizer_maker
 
 
 @dataclass
@@ -120,7 +122,8 @@ class Run:
             check_writable(slot, base)
         if self.data.task.objective == "preference":
             self._settle_reference(slot)  # before a checkpoint's values come into the slot
-        self.job = TrainingJob(self.name, slot, self.data.examples, self.recipe.train.spec())
+        make = optimizer_maker(self.recipe, base, slot, self.ranks)
+        self.job = TrainingJob(self.name, slot, self.data.examples, self.recipe.train.spec(), make)
         if checkpoint is not None:
             extra = load_checkpoint(checkpoint, self.job, base)
             self._check_base(extra)
@@ -294,7 +297,10 @@ class Run:
         if step == self._saved_step or step == 0:
             return
         self.check_replicas()
-        self._write_checkpoint(step)
+        with self.job.optimizer.consolidated() as whole:
+            if isinstance(self.job.slot, OwnSlot):
+                self.job.slot.whole = whole
+            self._write_checkpoint(step)
         self._saved_step = step
 
     def check_replicas(self) -> None:
@@ -332,6 +338,8 @@ class Run:
         """Keep the best, write the adapter, judge it, and write everything that people read."""
         kept_step = self._keep_best()
         self._write_result()
+        if self.recipe.compute.zero:
+            check_result(self)
         if self.job.state != "failed":
             self.judging.judge_tuned()
         values = self.judging.write()

@@ -24,8 +24,9 @@ FORMAT = 1
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 """Who trains the folder now: `worker/run_lock.py` keeps them."""
 
-MAY_CHANGE = ("output", "compute.devices")
-"""Fields in which a resume may differ: where the folder is now, and over how many processes it goes on."""
+MAY_CHANGE = ("output", "compute.devices", "compute.zero", "compute.offload")
+"""Fields in which a resume may differ: where the folder is now, over how many processes it goes on, and what of the
+states they share out."""
 
 PACKAGES = ("luthier", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 

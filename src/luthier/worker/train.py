@@ -31,7 +31,7 @@ from luthier.worker.launch.launcher import Launcher
 from luthier.worker.launch.local import LocalLauncher
 from luthier.worker.launch.place import RankPlace, place_of_process
 from luthier.worker.loading import Placement, check_optimizer, device_of, load_own_placed, load_placed, placement_of
-from luthier.worker.memory import Shrinking, settle_memory
+from luthier.worker.memory import Shrinking, settle_memory, settle_micro_batches
 from luthier.worker.method_fit import check_bank_method, check_exclusive_method, check_method
 from luthier.worker.plan import admission_bytes
 from luthier.worker.progress import Progress, SilentProgress
@@ -40,6 +40,7 @@ from luthier.worker.run import Run
 from luthier.worker.run_folder import RunFolder
 from luthier.worker.run_lock import holding
 from luthier.worker.team import ONE, RankProgress, Team, check_together, device_at, num_devices
+from luthier.worker.zero import check_zero
 
 __all__ = ["RunResult", "train"]
 
@@ -69,7 +70,7 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
     place = place_of_process()
     if place is not None:
         return train_ranked(recipes, place, resume=resume, progress=progress)
-    if num_devices(recipes) > 1:
+    if _needs_ranks(recipes):
         return train_launched(recipes, LocalLauncher(), resume=resume, progress=progress)
     shared = [recipe for recipe in recipes if recipe.method.runs == "bank"]
     exclusive = [recipe for recipe in recipes if recipe.method.runs == "exclusive"]
@@ -97,6 +98,7 @@ def train_launched(
     """Train recipes over several processes that `launcher` starts; errors as `train`."""
     size = num_devices(recipes)
     check_together(recipes)
+    check_zero(recipes)
     # Before anything is started, so that the base is fetched once and a refusal is said once.
     placement = _common_placement(recipes, progress)
     device_at(placement.device, RankPlace(0, size, 0, size))
@@ -120,6 +122,7 @@ def train_ranked(recipes: Sequence[Recipe], place: RankPlace, *, resume: bool, p
         Results in the order of the recipes, without scores where another process judges.
     """
     check_together(recipes)
+    check_zero(recipes)
     wish = recipes[0].compute.devices
     if place.is_first and wish not in (1, "auto", place.size):
         progress.note(f"compute.devices is {wish}, and {place.size} processes were started: so many train", "warning")
@@ -174,12 +177,18 @@ def _train_held(
         return kept
     progress.stage("Loading the base")
     threads = team.threads(max((r.compute.threads or 0 for r in recipes), default=0) or None)
-    return _train_on(load_placed(placement, threads), runs, progress, team, children)
+    base = load_placed(placement, threads, recipes[0].compute.zero)
+    return _train_on(base, runs, progress, team, children)
+
+
+def _needs_ranks(recipes: Sequence[Recipe]) -> bool:
+    """Whether the recipes train in processes with ranks; ZeRO does even in one."""
+    return num_devices(recipes) > 1 or any(recipe.compute.zero for recipe in recipes)
 
 
 def train_here(recipe: Recipe, *, resume: bool, progress: Progress) -> RunResult:
     """Train one recipe of any method in this process, or in several of its own; errors as `train`."""
-    if num_devices([recipe]) > 1:
+    if _needs_ranks([recipe]):
         return train_launched([recipe], LocalLauncher(), resume=resume, progress=progress)[0]
     if recipe.method.runs == "bank":
         return train_together([recipe], resume=resume, progress=progress)[0]
@@ -199,7 +208,7 @@ def train_exclusive(recipe: Recipe, *, resume: bool, progress: Progress, team: T
             return kept
         progress.stage(f"Loading a base for {recipe.output}")
         threads = team.threads(recipe.compute.threads)
-        base = load_own_placed(placement, run.exclusive_spec(), recipe.train.seed, threads)
+        base = load_own_placed(placement, run.exclusive_spec(), recipe.train.seed, threads, recipe.compute.zero)
         return _train_on(base, [run], progress, team)[0]
 
 
@@ -227,6 +236,7 @@ def _train_noted(
     for run in runs:
         run.check_replicas()
     plan = settle_memory(engine, runs, progress)
+    settle_micro_batches(engine)
     if children is not None:
         children.admit(plan.available - plan.needed, beside_others=True)
     for run in runs:
@@ -234,8 +244,12 @@ def _train_noted(
     progress.stage("Judging the base")
     for run in runs:
         run.judge_base()
+    for run in runs:
+        run.job.optimizer.shard()
     with interrupts() as asked:
         _loop(engine, runs, progress, asked, children)
+    for run in runs:
+        run.job.optimizer.gather()
     progress.stage("Judging the tuned model" + ("s" if len(runs) > 1 else ""))
     results = [run.finish(peak_memory_bytes(base.device), device_name(base)) for run in runs]
     _attend(children)

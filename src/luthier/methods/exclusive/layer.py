@@ -52,17 +52,21 @@ def load_own(
     seed: int,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    has_masters: bool = True,
 ) -> OwnBase:
     """Load a copy of the base for one job, with what trains in it.
+
+    Args:
+        has_masters: As `OwnSlot` has it.
 
     Raises:
         RecipeError: when method and base do not go together.
         ModelError: when the folder holds no causal language model.
     """
-    return own_over(load_model(folder, device=device, dtype=dtype), folder, spec, seed=seed)
+    return own_over(load_model(folder, device=device, dtype=dtype), folder, spec, seed=seed, has_masters=has_masters)
 
 
-def own_over(model: Any, folder: Path, spec: ExclusiveSpec, *, seed: int) -> OwnBase:
+def own_over(model: Any, folder: Path, spec: ExclusiveSpec, *, seed: int, has_masters: bool = True) -> OwnBase:
     """Put what trains into a model, which the job owns from then on.
 
     Raises:
@@ -73,7 +77,8 @@ def own_over(model: Any, folder: Path, spec: ExclusiveSpec, *, seed: int) -> Own
         return peft_base(put_into(model, spec, folder, seed), folder, spec, num_parameters, seed)
     parameters = dict(model.named_parameters())
     model.requires_grad_(False)
-    slot = OwnSlot(spec, {name: parameters[name] for name in _TRAINED[spec.method](model, spec)})
+    live = {name: parameters[name] for name in _TRAINED[spec.method](model, spec)}
+    slot = OwnSlot(spec, live, has_masters=has_masters)
     return OwnBase(model, folder, slot, num_parameters, seed)
 
 

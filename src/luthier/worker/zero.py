@@ -1,0 +1,100 @@
+"""Which recipes train under ZeRO, and what their jobs then step by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from luthier.base.load import Base
+from luthier.compute import ZERO_TABLE, MethodKind
+from luthier.distributed.zero import WEIGHTS_STAGE, ZeroOptimizer
+from luthier.distributed.zero_config import zero_config
+from luthier.engine.optimizer import JobOptimizer
+from luthier.engine.own import OwnSlot
+from luthier.engine.ranks import Ranks
+from luthier.engine.slot import Slot
+from luthier.errors import RecipeError
+from luthier.extras import require_deepspeed
+from luthier.recipe import Recipe
+from luthier.tasks.registry import head_of, task_for
+
+_BESIDE_OTHERS = "DeepSpeed steps all that trains in a process at once, and jobs of a bank step by themselves"
+_HEAD = "the head is read outside a forward of its own, and there each process holds a part of it"
+_IN_FULL = "modules or tokens that train whole beside the factors have not been shown to train so"
+_OPTIMIZER = "DeepSpeed shares out torch's AdamW alone"
+
+_OWN_WEIGHTS = ("full", "last_layers", "bias")
+
+
+def kind_of(method: str, runs: str) -> MethodKind:
+    """The row of `ZERO_TABLE` that a recipe's method belongs to."""
+    if method in _OWN_WEIGHTS:
+        return "own weights"
+    if method == "lora":
+        return "lora"
+    return "the bank's others" if runs == "bank" else "peft"
+
+
+def check_zero(recipes: Sequence[Recipe]) -> None:
+    """Refuse what ZeRO cannot train, before anything is loaded.
+
+    Raises:
+        RecipeError: with the reason; also where DeepSpeed is missing.
+    """
+    stages = {recipe.compute.zero for recipe in recipes}
+    if stages == {0}:
+        return
+    require_deepspeed(f"compute.zero: {max(stages)}")
+    for recipe in recipes:
+        problem = _BESIDE_OTHERS if len(recipes) > 1 else _problem(recipe)
+        if problem:
+            raise RecipeError(
+                f"{recipe.output}: compute.zero is {recipe.compute.zero}, and {problem}",
+                "a recipe that trains alone, with full, last_layers, bias or lora",
+                "set compute.zero: 0 for plain data parallelism, or choose another method",
+            )
+
+
+def _problem(recipe: Recipe) -> str:
+    method, stage = recipe.method, recipe.compute.zero
+    if problem := ZERO_TABLE[kind_of(method.type, method.runs), stage]:
+        return f"method is {method.type}: {problem}"
+    if recipe.train.optimizer != "adamw":
+        return f"train.optimizer is {recipe.train.optimizer}: {_OPTIMIZER}"
+    if stage < WEIGHTS_STAGE:
+        return ""
+    if head_of(task_for(recipe.task)) is not None:
+        return f"the task has a head: {_HEAD}"
+    if getattr(method, "modules_to_save", None) or method.new_tokens:
+        return f"method trains modules or tokens in full: {_IN_FULL}"
+    return ""
+
+
+def optimizer_maker(recipe: Recipe, base: Base, slot: Slot | OwnSlot, ranks: Ranks) -> Callable[..., JobOptimizer]:
+    """What makes the optimizer of the recipe's job."""
+    stage = recipe.compute.zero
+    if not stage:
+        return JobOptimizer
+    parameters = list(slot.parameters().values())
+    if len({p.dtype for p in parameters}) > 1:
+        raise RecipeError(
+            f"compute.zero is {stage}, and what trains is held in several types: a head is float32, the base is not",
+            "one type, for DeepSpeed holds all that it steps in one piece",
+            "set train.dtype: float32",
+        )
+    # A slot of the bank is no part of the model: what trains stays whole, and the base is shared out.
+    largest = max((p.numel() for p in parameters), default=0) if isinstance(slot, Slot) else 0
+    config = zero_config(
+        stage,
+        recipe.compute.offload,
+        recipe.train.max_grad_norm,
+        is_bfloat16=all(p.dtype == torch.bfloat16 for p in parameters),
+        largest_kept_whole=largest,
+    )
+
+    def make(named: dict, spec: object, total_steps: int, ratios: dict, hooks: object, flat: object) -> JobOptimizer:
+        exact = slot.exact if isinstance(slot, OwnSlot) else {}
+        return ZeroOptimizer(named, spec, total_steps, ratios, base, ranks, config, exact)  # type: ignore[arg-type]
+
+    return make

@@ -1,0 +1,144 @@
+"""ZeRO over two processes gives what one gives without it; what it cannot train is refused with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zero_jobs
+from worker.test_ranks import At, assert_equal_runs, kill_a_rank, press_ctrl_c, recipe_for
+
+import luthier
+from luthier.compute import ZERO_TABLE
+from luthier.engine.ranks import ALONE
+from luthier.engine.zero_states import ModelStates, model_states
+from luthier.errors import LuthierError, ProcessLostError, RecipeError
+from luthier.recipe import load_recipe
+from luthier.worker.plan import plan_recipe
+from luthier.worker.zero import check_zero
+
+TOLERANCE = 1e-5
+"""Of losses in float32, relative. Adam's division magnifies rounding: weights and moments have 2e-3 of their norm."""
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'luthier[deepspeed]'"
+)
+
+
+def zero_recipe(base: Path, folder: Path, name: str, *, devices: int, zero: int, **more: Any) -> dict[str, Any]:
+    recipe = recipe_for(base, folder, name, devices=devices, micro_batch_tokens=100, **more)
+    recipe["compute"]["zero"] = zero
+    return recipe
+
+
+@needs_deepspeed
+def test_every_stage_equals_one_process(tiny_llama: Path, tmp_path: Path) -> None:
+    """full, last_layers and lora with dropout, weight decay and clipping, offloaded or not."""
+    meeting = (tmp_path / "meeting").as_uri()
+    outs = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, zero_jobs.__file__, str(rank), "2", meeting, str(out), str(tiny_llama)])
+        for rank, out in enumerate(outs)
+    ]
+    expected = {
+        method: zero_jobs.outcome(tiny_llama, method, 0, "none", ALONE) for method in ("full", "last_layers", "lora")
+    }
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    first, second = (torch.load(out) for out in outs)
+    assert list(first) == zero_jobs.SETTINGS
+    for (method, *setting), found in first.items():
+        plain = expected[method]
+        assert found.keys() == plain.keys()
+        assert torch.equal(found["tokens"], plain["tokens"])
+        torch.testing.assert_close(found["losses"], plain["losses"], rtol=TOLERANCE, atol=0)
+        torch.testing.assert_close(found["norms"], plain["norms"], rtol=1e-4, atol=0)
+        for name, tensor in plain.items():
+            assert float((found[name] - tensor).float().norm()) <= 2e-3 * float(tensor.float().norm()), (
+                method,
+                setting,
+                name,
+            )
+        for name, tensor in second[(method, *setting)].items():
+            assert torch.equal(found[name], tensor), (method, setting, name)
+
+
+@needs_deepspeed
+def test_a_killed_rank_loses_nothing_and_other_ranks_and_stages_go_on(tiny_llama: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "epochs": 4}
+    whole = luthier.train(recipe_for(tiny_llama, tmp_path, "whole", micro_batch_tokens=100, **settings)).folder
+    two = zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=3, **settings)
+    with pytest.raises(ProcessLostError, match="rank 1 of 2"):
+        luthier.train(two, progress=At(random.randint(4, 8), kill_a_rank))
+    one = recipe_for(tiny_llama, tmp_path, "run", micro_batch_tokens=100, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        luthier.train(one, resume=True, progress=At(13, press_ctrl_c))
+    result = luthier.train(zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=2, **settings), resume=True)
+    assert result.status == "done"
+    assert result.result["num_processes"] == 2
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_states_are_the_papers() -> None:
+    """Rajbhandari et al. 2020, figure 1: 7.5 billion parameters in 16 bits over 64 GPUs."""
+    totals = [model_states(0, 7_500_000_000, 2, stage, 64).total / 1e9 for stage in (1, 2, 3)]
+    assert totals == pytest.approx([31.4, 16.6, 1.9], abs=0.05)
+    assert model_states(90, 10, 4, 3, 2) == ModelStates(200, 20, 60)
+    assert model_states(90, 10, 4, 0, 2) == ModelStates(400, 40, 80)
+
+
+def test_a_plan_tells_the_states_of_each_stage(tiny_llama: Path, tmp_path: Path) -> None:
+    for method in ("full", None):
+        recipe = load_recipe(recipe_for(tiny_llama, tmp_path, "run", devices=2, method=method))
+        facts = plan_recipe(recipe).to_json()
+        rows, sizes = facts["zero"], facts["bytes"]
+        assert [row["stage"] for row in rows] == [0, 1, 2, 3]
+        assert rows[0]["weights"] == sizes["weights"] + sizes["adapter"]
+        assert rows[0]["optimizer"] == sizes["optimizer"] == 8 * facts["num_trained_parameters"]
+        assert rows[3]["weights"] == rows[0]["weights"] // 2
+        assert rows[1]["optimizer"] == 6 * facts["num_trained_parameters"]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": "ia3"}, "has not been shown"),
+        ({"method": {"type": "dora", "rank": 2}}, "outside their layers' forward"),
+        ({"method": "lokr"}, "outside their layers' forward"),
+        ({"method": {"type": "lora", "modules_to_save": ["norm"]}}, "in full"),
+        ({"task": {"type": "classification", "head": "linear", "labels": ["a", "b"]}}, "a head"),
+        ({"train": {"optimizer": "adamw_8bit"}}, "torch's AdamW alone"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_reason(tiny_llama: Path, tmp_path: Path, change: dict, reason: str) -> None:
+    stage = 1 if change.get("method") == "ia3" else 3
+    recipe = zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=stage)
+    for name, value in change.items():
+        recipe[name] = {**recipe[name], **value} if name == "train" else value
+    with pytest.raises(RecipeError, match=reason):
+        check_zero([load_recipe(recipe)])
+
+
+@needs_deepspeed
+def test_recipes_that_share_a_base_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    recipes = [load_recipe(zero_recipe(tiny_llama, tmp_path, name, devices=2, zero=1)) for name in "ab"]
+    with pytest.raises(RecipeError, match="at once"):
+        check_zero(recipes)
+
+
+@pytest.mark.parametrize(("zero", "offload"), [(0, "optimizer"), (2, "parameters")])
+def test_offload_needs_its_stage(tiny_llama: Path, tmp_path: Path, zero: int, offload: str) -> None:
+    recipe = zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=zero)
+    recipe["compute"]["offload"] = offload
+    with pytest.raises(LuthierError, match=f"offload: {offload}"):
+        load_recipe(recipe)
+
+
+def test_the_table_knows_every_kind_and_stage() -> None:
+    assert len(ZERO_TABLE) == 3 * len({kind for kind, _ in ZERO_TABLE})
