@@ -142,7 +142,9 @@ def test_every_call(driver: Driver, service: Service) -> None:
     strictly(Completion, client.completions.create(model=done.fine_tuned_model, prompt="the", max_tokens=3))
 
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": BASE, "messages": ASK}}
-    asked = driver(client.files.create(file=("b.jsonl", json.dumps(line).encode()), purpose="batch"))
+    # So many that the batch is not over before it is cancelled.
+    lines = "\n".join(json.dumps(line | {"custom_id": str(index)}) for index in range(100))
+    asked = driver(client.files.create(file=("b.jsonl", lines.encode()), purpose="batch"))
     batch = strictly(
         Batch,
         client.batches.create(
@@ -150,8 +152,8 @@ def test_every_call(driver: Driver, service: Service) -> None:
         ),
     )
     assert batch.id in [found.id for found in listed(client.batches.list(limit=1))]
-    if strictly(Batch, client.batches.retrieve(batch.id)).status in ("validating", "in_progress"):
-        assert strictly(Batch, client.batches.cancel(batch.id)).status == "cancelling"
+    assert strictly(Batch, client.batches.retrieve(batch.id)).status in ("validating", "in_progress")
+    assert strictly(Batch, client.batches.cancel(batch.id)).status == "cancelling"
 
     assert strictly(Model, client.models.retrieve(done.fine_tuned_model)).id == done.fine_tuned_model
     assert {BASE, done.fine_tuned_model} <= {found.id for found in listed(client.models.list())}
