@@ -6,7 +6,7 @@ sequences, H query heads, K key heads (K divides H), L positions, D head size.
 A forward brings new tokens of several sequences, flat. `begin` says which row each belongs to and at which position it
 goes on; attention then calls `attend` once a layer. Sequences with one new token, the usual case, attend together:
 their queries are put into the order of the rows, which is cheap, while the keys stay where they are. Sequences with
-several new tokens (a prompt, or a part of one) attend one by one.
+several new tokens (a prompt, or a part of one) attend one by one; on a GPU whole prompts attend together.
 """
 
 from __future__ import annotations
