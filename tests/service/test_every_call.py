@@ -136,7 +136,8 @@ def test_every_call(driver: Driver, service: Service) -> None:
 
     for model in (done.fine_tuned_model, name, BASE):
         answer = strictly(ChatCompletion, client.chat.completions.create(model=model, messages=ASK, max_tokens=3))
-        assert (answer.model, answer.usage.completion_tokens) == (model, 3)
+        # Sampled, so that a reply may end early.
+        assert answer.model == model and 1 <= answer.usage.completion_tokens <= 3
     stream = listed(client.chat.completions.create(model=name, messages=ASK, max_tokens=3, stream=True))
     assert stream[-1].choices[0].finish_reason in ("length", "stop")
     strictly(Completion, client.completions.create(model=done.fine_tuned_model, prompt="the", max_tokens=3))
