@@ -49,7 +49,7 @@ def main() -> None:
     """Run the sets, and write the tables."""
     options = _options()
     out = Path(options.output)
-    names = options.sets or sorted(path.stem for path in RECIPES.glob("*.yaml") if _folder(options.data, path.stem))
+    names = options.sets or sorted(path.stem for path in RECIPES.glob("*.yaml") if find_set(options.data, path.stem))
     failed = search(names, options) if options.search else []
     for name in () if options.search else names:
         work = Work(name, options.variant, options.on_split)
@@ -100,13 +100,13 @@ def run_set(work: Work, data: str, out: Path, overrides: list[str]) -> dict[str,
     from luthier.evaluate.summary import score_of
     from luthier.worker.run_folder import RunFolder
 
-    folder = _folder(data, work.name)
+    folder = find_set(data, work.name)
     if folder is None:
         sys.exit(f"there is no folder {data}/*/{work.name} with train.jsonl and test.jsonl")
     run = work.run(out)
     recipe = recipe_of(work, folder, run, overrides)
     result = luthier.train(recipe, resume=RunFolder(run).has_state)
-    train, held_out = (_records(recipe, path) for path in (recipe.data.train, recipe.data.validation))
+    train, held_out = (read_records(recipe, path) for path in (recipe.data.train, recipe.data.validation))
     metric = "accuracy" if recipe.task.type == "qa" and recipe.task.choices else METRICS[recipe.task.type]
     seconds = result.result["seconds"]
     return {
@@ -185,12 +185,13 @@ def _read(name: str) -> dict[str, Any]:
     return values
 
 
-def _folder(data: str, name: str) -> Path | None:
+def find_set(data: str, name: str) -> Path | None:
+    """The folder DATA/*/NAME of a set; None where there is none."""
     found = [path for path in sorted(Path(data).glob(f"*/{name}")) if (path / "train.jsonl").is_file()]
     return found[0] if found else None
 
 
-def _records(recipe: Any, path: str) -> list[Any]:
+def read_records(recipe: Any, path: str) -> list[Any]:
     """The records of a file as the recipe's task reads them."""
     from luthier.data.files import open_rows
     from luthier.data.lines import Row

@@ -1,26 +1,30 @@
 """The OpenAPI document, fuzzed by Schemathesis: no 500, no status that the document lacks.
 
-LUTHIER_TEST_FUZZ sets the number of examples an operation (default 5).
+One round asks every operation; LUTHIER_TEST_FUZZ sets for how many seconds further rounds, each with other examples,
+follow it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from running import Service, make_context, serving
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import status_code_conformance
 
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
-NUM_EXAMPLES = int(os.environ.get("LUTHIER_TEST_FUZZ", "5"))
+FUZZ_SECONDS = float(os.environ.get("LUTHIER_TEST_FUZZ", "0"))
+NUM_EXAMPLES = 5  # an operation and round, valid and not
 PATIENCE_SECONDS = 60.0
 
 
@@ -35,35 +39,43 @@ def fuzzed(
         yield running
 
 
-@pytest.mark.timeout(300 + 10 * NUM_EXAMPLES)
+@pytest.mark.timeout(600 + 2 * FUZZ_SECONDS)
 def test_no_operation_fails(fuzzed: Service) -> None:
     """Every operation, with generated parameters and bodies, valid and not."""
     schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json", timeout=PATIENCE_SECONDS)
-    headers = {"authorization": f"Bearer {fuzzed.keys['acme']}"}
-    num_operations = 0
-    for found in schema.get_all_operations():
-        operation = found.ok()
-        num_operations += 1
-        for mode in (POSITIVE, NEGATIVE):
-
-            @given(case=operation.as_strategy(generation_mode=mode))
-            @settings(
-                max_examples=NUM_EXAMPLES,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-                phases=[Phase.generate],
-                derandomize=True,
-                database=None,
-            )
-            def check(case: schemathesis.Case) -> None:
-                response = case.call(headers=headers, timeout=PATIENCE_SECONDS)
-                if response.status_code != 503:  # nobody works here, so that is an honest answer to chat
-                    case.validate_response(response, checks=[not_a_server_error, status_code_conformance])
-
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) > 40
+    end = time.monotonic() + FUZZ_SECONDS
+    num_rounds = 0
+    while num_rounds == 0 or time.monotonic() < end:
+        for operation in operations:
+            ask(operation, POSITIVE, fuzzed, num_rounds)
             # An operation without a parameter cannot be called wrongly.
-            with contextlib.suppress(Unsatisfiable) if mode is not POSITIVE else contextlib.nullcontext():
-                check()
-    assert num_operations > 40
+            with contextlib.suppress(Unsatisfiable):
+                ask(operation, NEGATIVE, fuzzed, num_rounds)
+        num_rounds += 1
+    print(f"{num_rounds} rounds of {len(operations)} operations")
+
+
+def ask(operation: Any, mode: schemathesis.GenerationMode, service: Service, number: int) -> None:
+    """Call one operation with generated examples, which the number of the round settles."""
+    headers = {"authorization": f"Bearer {service.keys['acme']}"}
+
+    @seed(number)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=NUM_EXAMPLES,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+        database=None,
+    )
+    def check(case: schemathesis.Case) -> None:
+        response = case.call(headers=headers, timeout=PATIENCE_SECONDS)
+        if response.status_code != 503:  # nobody works here, so that is an honest answer to chat
+            case.validate_response(response, checks=[not_a_server_error, status_code_conformance])
+
+    check()
 
 
 def test_the_document_names_every_route(fuzzed: Service) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
 from torch import Tensor
 
 from luthier.data.template import Renderer
@@ -57,16 +57,16 @@ class GrammarConstraint:
         self._matcher = matcher
         self._eos = list(tokenizer.eos_tokens)
         self._size = tokenizer.vocab_size
-        self._bits = allocate_token_bitmask(1, self._size)
 
     def allowed_V(self) -> Tensor:
         if self._matcher.is_stopped():
             allowed_V = torch.zeros(self._size, dtype=torch.bool)
             allowed_V[self._eos] = True
             return allowed_V
-        fill_next_token_bitmask(self._matcher, self._bits)
-        shifts = torch.arange(32, dtype=torch.int32)
-        return ((self._bits[0][:, None] >> shifts) & 1).bool().flatten()[: self._size]
+        # A bit a token, the lowest bit first. (llguidance.torch would do the same, and costs a process that never
+        # constrains a reply most of a second: importing it loads torch's compiler.)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, count=self._size, bitorder="little").astype(bool))
 
     def take(self, token: int) -> None:
         self._matcher.consume_token(token)
