@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _scorer(config: Any) -> tuple[str, Score]:
-    if config.type == "classification" and not config.multi_label:
+    if config.type == "classification" and not config.multiple:
         return METRICS["classification"], lambda *given: _accuracy(*given, lambda r: r.text, lambda r: r.label)
     if config.type == "qa" and config.choices:
         ask = lambda r: f"{r.context}\n{r.question}"  # noqa: E731

@@ -28,7 +28,7 @@ from luthier.store.database import open_database
 from luthier.store.tables import Event, Model, Usage
 
 NUM_WORKER_KILLS, NUM_API_KILLS, NUM_JOBS = (
-    int(n) for n in (os.environ.get("LUTHIER_TEST_KILLS", "2,1") + ",5").split(",")[:3]
+    int(n) for n in (os.environ.get("LUTHIER_TEST_KILLS", "1,1") + ",4").split(",")[:3]
 )
 # Long enough that the last kill still finds jobs at work.
 NUM_EPOCHS = 6.0 + NUM_WORKER_KILLS + NUM_API_KILLS
