@@ -49,7 +49,6 @@ class Server:
 def running(binaries: Path) -> Iterator[Server]:
     """Start a server and stop it when the block ends. As root it runs as the user `postgres`, for it refuses root."""
     folder = Path(tempfile.mkdtemp(prefix="luthier-pg-"))
-    port = _free_port()
     as_user: list[str] = []
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
@@ -61,6 +60,7 @@ def running(binaries: Path) -> Iterator[Server]:
         capture_output=True,
         cwd=folder,
     )
+    port = _free_port()  # as late as can be: somebody else may take it before the server does
     options = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}"]
     options += ["-c", "fsync=off", "-c", "max_connections=200"]
     with (folder / "log").open("wb") as log:
@@ -81,7 +81,7 @@ def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
 
     import psycopg
 
-    for _ in range(300):
+    for _ in range(600):
         if server.poll() is not None:
             raise RuntimeError("postgres did not start")
         try:

@@ -189,7 +189,7 @@ def wait_until_they_go_on(client: openai.OpenAI, jobs: list[str], num_steps: int
 
 
 def _key(folder: Path) -> str:
-    for _ in range(100):
+    for _ in range(600):
         for line in (folder / "serve.log").read_text().splitlines():
             if line.startswith("First key"):
                 return line.rsplit(" ", 1)[1]
