@@ -94,7 +94,9 @@ def serving(context: Context) -> Iterator[Service]:
     """The API alone."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(context), log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    # A connection that rests is not closed just when its client, which never asks twice, asks again.
+    patience: dict[str, Any] = {"timeout_graceful_shutdown": 2, "timeout_keep_alive": 300}
+    config = uvicorn.Config(create_app(context), log_config=None, access_log=False, **patience)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

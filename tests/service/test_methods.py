@@ -240,7 +240,7 @@ def test_an_exclusive_job_pauses_resumes_and_is_cancelled(service: Service, tmp_
     assert len(steps) == len(set(steps))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_an_exclusive_job_survives_its_process_and_its_worker(service: Service, tmp_path: Path) -> None:
     """Killed once, moved to another worker once: the bytes are those of a job that nobody disturbed."""
     client = client_of(service)

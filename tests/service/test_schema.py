@@ -35,7 +35,7 @@ def fuzzed(
         yield running
 
 
-@pytest.mark.timeout(300 + 10 * NUM_EXAMPLES)
+@pytest.mark.timeout(600 + 10 * NUM_EXAMPLES)
 def test_no_operation_fails(fuzzed: Service) -> None:
     """Every operation, with generated parameters and bodies, valid and not."""
     schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json", timeout=PATIENCE_SECONDS)
