@@ -6,13 +6,14 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from processes import free_port
 
 USER = "luthier"
 
@@ -49,7 +50,6 @@ class Server:
 def running(binaries: Path) -> Iterator[Server]:
     """Start a server and stop it when the block ends. As root it runs as the user `postgres`, for it refuses root."""
     folder = Path(tempfile.mkdtemp(prefix="luthier-pg-"))
-    port = _free_port()
     as_user: list[str] = []
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
@@ -61,6 +61,7 @@ def running(binaries: Path) -> Iterator[Server]:
         capture_output=True,
         cwd=folder,
     )
+    port = free_port()
     options = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}"]
     options += ["-c", "fsync=off", "-c", "max_connections=200"]
     with (folder / "log").open("wb") as log:
@@ -72,7 +73,7 @@ def running(binaries: Path) -> Iterator[Server]:
         yield Server(port)
     finally:
         server.send_signal(signal.SIGINT)  # at once, whoever is still connected
-        server.wait(timeout=30)
+        server.wait(timeout=120)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -81,7 +82,7 @@ def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
 
     import psycopg
 
-    for _ in range(300):
+    for _ in range(600):
         if server.poll() is not None:
             raise RuntimeError("postgres did not start")
         try:
@@ -91,9 +92,3 @@ def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
         else:
             return
     raise RuntimeError("postgres does not answer")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

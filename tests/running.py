@@ -79,7 +79,7 @@ def make_context(folder: Path, base_folder: Path, database_url: str = "", **sett
             database_url=database_url or f"sqlite:///{folder / 'luthier.db'}",
             storage=str(folder / "blobs"),
             bases={BASE: str(base_folder)},
-            start_seconds=20.0,
+            start_seconds=60.0,
             lease_seconds=5.0,
             private_webhooks=True,
         ),
@@ -94,7 +94,9 @@ def serving(context: Context) -> Iterator[Service]:
     """The API alone."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(context), log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    # A connection that rests is not closed just when its client, which never asks twice, asks again.
+    patience: dict[str, Any] = {"timeout_graceful_shutdown": 2, "timeout_keep_alive": 300}
+    config = uvicorn.Config(create_app(context), log_config=None, access_log=False, **patience)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
@@ -139,7 +141,7 @@ def working(context: Context, folder: Path, **options: Any) -> Iterator[Any]:
         yield worker
     finally:
         worker.stop()
-        thread.join(60)
+        thread.join(150)  # what it saves and records at its end may take it twice a minute
         assert not thread.is_alive()
         assert not problems
 
@@ -155,7 +157,7 @@ def post_by_hand(service: Service, key: str, path: str, body: dict[str, Any]) ->
     return link
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 15.0) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for something that is to come true soon."""
     deadline = time.monotonic() + seconds
     while not holds():
@@ -163,7 +165,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 15.0) -> None:
         time.sleep(0.01)
 
 
-def wait_for(job: str, client: Any, *statuses: str, seconds: float = 60.0) -> Any:
+def wait_for(job: str, client: Any, *statuses: str, seconds: float = 120.0) -> Any:
     """Poll a job until it has one of the statuses."""
     deadline = time.monotonic() + seconds
     while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -300,6 +299,6 @@ def test_a_full_disk_names_the_way_on(recipe: Path, luthier: Luthier, monkeypatc
     assert "the disk is full" in said
     assert f"luthier train {recipe} --resume" in said
     monkeypatch.undo()
-    os.chdir(recipe.parent)
+    monkeypatch.chdir(recipe.parent)  # undone with the rest, and taken back at the end
     code, _ = luthier("train", recipe, "--resume", "--quiet")
     assert (code, Path("run/adapter/adapter_model.safetensors").exists()) == (0, True)

@@ -27,7 +27,6 @@ def luthier(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.timeout(300)
 def test_serve_needs_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     """The issue's own lines: start, upload, tune, chat; then the command line; then a clean end."""
     data = tmp_path / "data"
@@ -133,14 +132,14 @@ def test_a_run_here_is_paused_and_resumed(tiny_llama: Path, tmp_path: Path) -> N
     command = [sys.executable, "-m", "luthier.cli.main", "train", str(tmp_path / "recipe.yaml"), "-q"]
     training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 120
         while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
             assert training.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         paused = CliRunner().invoke(app, ["jobs", "pause", str(run)])
         assert paused.stdout.strip() == "interrupted", paused
-        assert training.wait(30) == 130
+        assert training.wait(120) == 130
     finally:
         if training.poll() is None:
             training.kill()

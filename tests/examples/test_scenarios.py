@@ -123,12 +123,12 @@ def test_the_best_of_each_set_goes_to_test(tmp_path: Path) -> None:
 def test_what_is_done_at_the_end_of_the_time_stays(tmp_path: Path) -> None:
     runs = {"one": {"recipe": ("f1", 0.2, "0"), "slow": ("f1", 0.9, "600")}}
     began = time.monotonic()
-    assert make_search(tmp_path, runs, seconds=3.0).run() == []
-    assert time.monotonic() - began < 15
+    assert make_search(tmp_path, runs, seconds=8.0).run() == []
+    assert time.monotonic() - began < 60
     assert (tmp_path / "split/one.recipe.json").exists()
     assert not (tmp_path / "one.json").exists()
     done_at = os.stat(tmp_path / "split/one.recipe.json").st_mtime_ns
 
-    make_search(tmp_path, runs, seconds=10.0, choose_after=0.0).run()
+    make_search(tmp_path, runs, seconds=20.0, choose_after=0.0).run()
     assert on_test(tmp_path, "one") == 0.2
     assert os.stat(tmp_path / "split/one.recipe.json").st_mtime_ns == done_at

@@ -126,10 +126,11 @@ def test_an_adapter_of_pefts_over_a_larger_vocabulary(
         return model
 
     tuned = get_peft_model(larger(), LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in tuned.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn_like(parameter)
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     tuned.save_pretrained(tmp_path / "adapter")
     sequences = sequences_for(AdapterSpec(new_tokens=(320, 321)))
     expected = model_logits(

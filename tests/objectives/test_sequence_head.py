@@ -25,6 +25,8 @@ def test_logits_and_cross_entropy() -> None:
 
 
 def test_a_float32_head_over_a_bfloat16_body() -> None:
-    pooled_CD, head_KD = torch.randn(4, 8).bfloat16(), torch.randn(3, 8)
+    generator = torch.Generator().manual_seed(0)
+    pooled_CD = torch.randn(4, 8, generator=generator).bfloat16()
+    head_KD = torch.randn(3, 8, generator=generator)
     assert class_logits(pooled_CD, head_KD).dtype == torch.float32
     torch.testing.assert_close(class_logits(pooled_CD, head_KD), F.linear(pooled_CD.float(), head_KD))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from records import Record
 
@@ -94,9 +92,9 @@ def test_a_jobs_end_is_estimated_from_its_pace_since_it_was_taken_up(
 
 def test_a_dead_workers_job_goes_on_elsewhere_and_the_dead_changes_nothing(record: Record) -> None:
     record.job(record.caller("a"))
-    (dead,) = record.work.claim(worker(record, "w1"), 1, 1.0)
+    (dead,) = record.work.claim(worker(record, "w1"), 1, LEASE)
     assert record.work.claim(worker(record, "w2"), 1, LEASE) == []
-    time.sleep(1.1)
+    record.work.heartbeat("w1", -1.0)  # its lease has run out
     (alive,) = record.work.claim("w2", 1, LEASE)
     assert alive.claim.epoch == dead.claim.epoch + 1
     with pytest.raises(LeaseLostError):
@@ -114,14 +112,20 @@ def test_a_job_that_kills_its_workers_ends(record: Record) -> None:
     assert (row.error or {})["code"] == "worker_lost"
 
 
-def test_a_heartbeat_keeps_the_lease(record: Record) -> None:
+def test_a_heartbeat_keeps_the_lease(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(record.database, "now", lambda session: now)
     record.job(record.caller("a"))
-    (job,) = record.work.claim(worker(record, "w1"), 1, 0.2)
+    (job,) = record.work.claim(worker(record, "w1"), 1, LEASE)
     for _ in range(4):
-        time.sleep(0.1)
-        assert record.work.heartbeat("w1", 0.2) == {}
+        now += 0.9 * LEASE
+        assert record.work.heartbeat("w1", LEASE) == {}
     assert record.work.claim(worker(record, "w2"), 1, LEASE) == []
     record.work.begin(job.claim, 10, 5, 500)
+    now += 1.1 * LEASE
+    worker(record, "w3")
+    (taken,) = record.work.claim("w3", 1, LEASE)
+    assert taken.claim.job == job.claim.job, "without one it goes to another"
 
 
 def test_pause_resume_and_cancel_reach_the_holder(record: Record) -> None:
@@ -159,8 +163,12 @@ def test_quotas_hold_jobs_back(record: Record) -> None:
     caller = record.caller("a", max_running_jobs=1, max_trained_tokens_per_day=150)
     first, second = record.job(caller), record.job(caller)
     name = worker(record)
-    claim = begin(record, name, 5)
-    assert claim.job == first.id
+    (held,) = record.work.claim(name, 5, LEASE)
+    assert held.claim.job == first.id
+    assert record.work.claim(name, 5, LEASE) == [], "a job counts from its claim on"
+    claim = held.claim
+    record.work.begin(claim, 10, 5, 500)
+    assert record.work.claim(name, 5, LEASE) == []
     assert record.work.record_steps(claim, steps(1)) is None
     assert record.work.record_steps(claim, steps(2)) == "pause"
     record.work.release(claim)

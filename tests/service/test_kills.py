@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from processes import free_port
 from running import BASE, chat_rows, make_context, serving, wait_for, working
 from safetensors.numpy import load
 
@@ -80,12 +80,6 @@ def running(folder: Path, base: Path) -> Iterator[dict[str, Process]]:
         for process in processes.values():
             if process.process.poll() is None:
                 process.kill(signal.SIGTERM)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_api(folder: Path, base: Path, port: int) -> Process:
@@ -189,7 +183,7 @@ def wait_until_they_go_on(client: openai.OpenAI, jobs: list[str], num_steps: int
 
 
 def _key(folder: Path) -> str:
-    for _ in range(100):
+    for _ in range(600):
         for line in (folder / "serve.log").read_text().splitlines():
             if line.startswith("First key"):
                 return line.rsplit(" ", 1)[1]

@@ -156,13 +156,28 @@ def test_a_row_that_does_not_hold_is_named(
         predict(client, tuned[name].fine_tuned_model, rows)
 
 
-def test_a_caller_that_goes_away_stops_its_replies(service: Service, tuned: dict[str, Any]) -> None:
+def test_a_caller_that_goes_away_stops_its_replies(
+    service: Service, tuned: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies, begin, begun = service.worker._replies, service.worker._replies.begin, []
+
+    def noted(task: Any) -> None:
+        begun.append(task)
+        begin(task)
+
+    def is_quiet() -> bool:
+        if replies.num_open:
+            return False
+        time.sleep(0.5)  # rows of one length end together, and then the next begin
+        return bool(replies.num_open == 0)
+
+    wait_until(is_quiet)
+    monkeypatch.setattr(replies, "begin", noted)
     body = {"model": tuned["completion"].fine_tuned_model, "input": ["the red"] * 200, "max_tokens": 400}
     with post_by_hand(service, service.keys["acme"], "/v1/luthier/predict", body):
-        wait_until(lambda: service.worker._replies.num_open > 0)
-    wait_until(lambda: service.worker._replies.num_open == 0)
-    time.sleep(0.2)
-    assert service.worker._replies.num_open == 0, "the rows that waited are not begun"
+        wait_until(lambda: replies.num_open > 0)
+    wait_until(is_quiet)
+    assert 0 < len(begun) < 200, "the rows that waited are not begun"
 
 
 def test_a_base_predicts_nothing(client: openai.OpenAI) -> None:

@@ -31,7 +31,7 @@ def values_for(base: Path | str, output: Path | str, **sections: Any) -> dict[st
         "task": "completion",
         "data": {"train": str(DATA), "validation": 0.25},
         "method": {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
-        "train": {"epochs": 12, "batch_size": 8, "learning_rate": 1e-3},  # long enough to be interrupted in
+        "train": {"epochs": 40, "batch_size": 8, "learning_rate": 1e-3},  # long enough to be interrupted in
         "evaluation": {"rows": 6, "max_new_tokens": 4},
         "compute": {"device": "cpu", "threads": 1},
         "output": str(output),

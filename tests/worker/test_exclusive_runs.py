@@ -159,7 +159,7 @@ def test_exclusive_recipes_train_beside_those_of_the_bank(tiny_llama: Path, tmp_
 
 
 def test_an_exclusive_job_runs_while_the_resident_base_serves_and_trains(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_for(tiny_llama, tmp_path, "full", "full", epochs=15))
+    recipe = load_recipe(recipe_for(tiny_llama, tmp_path, "full", "full", epochs=50))
     heard = Listener()
     children = Children([(recipe, 0)], resume=False, progress=heard)
     base = load_base(tiny_llama)
@@ -192,8 +192,8 @@ def test_an_exclusive_job_runs_while_the_resident_base_serves_and_trains(tiny_ll
 
 def test_ctrl_c_reaches_the_child_which_saves_and_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     method = {"type": "boft", "dropout": 0.1}
-    whole = train_in_this_process(recipe_for(tiny_llama, tmp_path, "whole", method, epochs=4))
-    recipe = recipe_for(tiny_llama, tmp_path, "cut", method, epochs=4)
+    whole = train_in_this_process(recipe_for(tiny_llama, tmp_path, "whole", method, epochs=12))
+    recipe = recipe_for(tiny_llama, tmp_path, "cut", method, epochs=12)
     heard = Listener()
     heard.on_step = lambda job, step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None
     with pytest.raises(KeyboardInterrupt):
@@ -210,7 +210,7 @@ def test_ctrl_c_reaches_the_child_which_saves_and_resumes_to_the_same_bytes(tiny
 def test_a_child_that_dies_ends_its_run_and_no_other(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    doomed = recipe_for(tiny_llama, tmp_path, "doomed", "full", epochs=15, checkpoint_every=1)
+    doomed = recipe_for(tiny_llama, tmp_path, "doomed", "full", epochs=30, checkpoint_every=1)
     calm = recipe_for(tiny_llama, tmp_path, "calm", {"type": "lora", "rank": 2})
     started: list[Child] = []
     start = Child.start.__func__  # type: ignore[attr-defined]
@@ -231,7 +231,7 @@ def test_a_child_that_dies_ends_its_run_and_no_other(
     assert json.loads((tmp_path / "doomed/state.json").read_text())["status"] == "failed"
     again = luthier.train(doomed, resume=True)
     assert again.status == "done"
-    assert len(losses_of(again.folder)) == 60
+    assert len(losses_of(again.folder)) == 120
 
 
 def test_a_child_does_not_outlive_its_parent(tiny_llama: Path, tmp_path: Path) -> None:

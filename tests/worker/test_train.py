@@ -155,7 +155,7 @@ def num_lines():
     return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
 
 while True:
-    target = num_lines() + draw.randint(1, 5)
+    target = num_lines() + draw.randint(1, 3)
     child = os.fork()
     if child == 0:
         luthier.train(recipe, resume=True)
@@ -177,7 +177,7 @@ print(json.dumps(killed_at))
 def test_ten_kills_and_resumes_equal_never_stopping(tiny_llama: Path, tmp_path: Path) -> None:
     """kill -9 at ten random moments: the adapter's bytes and the loss curve of the uninterrupted run."""
     settings = {
-        "train": {"checkpoint_every": 1, "epochs": 16},
+        "train": {"checkpoint_every": 1, "epochs": 20},  # long enough for all the kills, however late each comes
         "method": {"dropout": 0.1},
         "evaluation": {"rows": 4, "generate": False, "every": 3},
     }
@@ -291,11 +291,13 @@ def test_a_head_of_another_kind_is_not_gone_on_from(tiny_llama: Path, tmp_path: 
 
 
 def test_an_adapter_of_pefts_own_is_imported_continued_and_chatted_with(tiny_llama: Path, tmp_path: Path) -> None:
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"])
     config.task_type, config.init_lora_weights = "CAUSAL_LM", False
+    torch.manual_seed(0)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(tmp_path / "theirs")
     asked = [{"role": "user", "content": "red"}]
     before = "".join(luthier.open_chat(tmp_path / "theirs").reply(asked, max_new_tokens=8))

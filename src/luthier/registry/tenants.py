@@ -211,8 +211,8 @@ def storage_bytes(session: Session, tenant: str) -> int:
 
 
 def num_running(session: Session, tenant: str) -> int:
-    """Jobs of the tenant that a worker holds."""
-    held = select(func.count()).where(Job.tenant == tenant, Job.status == "running", Job.holder.is_not(None))
+    """Jobs of the tenant that a worker holds, from its claim on: between claim and first step it prepares the data."""
+    held = select(func.count()).where(Job.tenant == tenant, Job.status.in_(LIVE_STATUSES), Job.holder.is_not(None))
     return int(session.scalar(held) or 0)
 
 

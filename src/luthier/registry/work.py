@@ -87,7 +87,9 @@ class StoredWork:
         with self._database.reading() as session:
             now = self._database.now(session)
             held = {worker.held_base for worker in live_workers(session, None, now)}
-            wanted = {row.held_base: row.wanted_at for row in session.scalars(select(Demand))}
+            wanted = {
+                row.held_base: row.wanted_at for row in session.scalars(select(Demand).order_by(Demand.wanted_at))
+            }
             asked = {base: at for base, at in wanted.items() if at > now - DEMAND_SECONDS}
             is_free = or_(Job.holder.is_(None), Job.lease_until < now)
             columns = (Job.base, Job.quantization, Job.weights)
@@ -330,7 +332,7 @@ def _choose(session: Session, jobs: list[Job], tenants: dict[str, Tenant], max_j
     """Which of the waiting jobs to take: of the tenant with the fewest running per weight first."""
     running = {tenant: num_running(session, tenant) for tenant in {job.tenant for job in jobs}}
     for job in jobs:
-        if job.status == "running" and job.holder is not None:
+        if job.holder is not None:
             running[job.tenant] -= 1  # its holder is dead
     is_over = {
         tenant: (quota := tenants[tenant].max_trained_tokens_per_day) is not None
