@@ -7,16 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import openai
-import pytest
 from running import BASE, chat_rows, wait_for
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from luthier.cli.local_runs import local_run
 from luthier.cli.main import app
 
 
@@ -96,58 +93,3 @@ def test_verbs_on_the_store(tmp_path: Path) -> None:
     assert say("keys", "list", "acme", *again) == say("keys", "list", "acme", *data)
     say("tenants", "erase", "acme", "--yes", *data)
     assert say("tenants", "list", *data) == ""
-
-
-def test_without_a_server_jobs_are_the_runs_here(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "first"
-    run.mkdir(parents=True)
-    (run / "state.json").write_text(json.dumps({"format": 1, "status": "done", "step": 7}))
-    (run / "metrics.jsonl").write_text('{"kind": "step", "step": 7, "loss": 1.5}\n{"kind": "st')
-
-    def here(*arguments: str) -> Result:
-        return CliRunner().invoke(app, ["jobs", *arguments])
-
-    assert here("list", "--runs", str(tmp_path / "runs")).stdout.startswith(f"{run}  done")
-    assert json.loads(here("show", str(run)).stdout)["step"] == 7
-    assert here("watch", str(run)).stdout.strip() == str(run / "adapter")
-    assert here("events", str(run)).stdout.strip() == "step 7  step  loss 1.5"
-    for verb in ("cancel", "pause"):
-        assert "nobody trains" in str(here(verb, str(run)).exception)
-        assert "holds no run" in str(here(verb, str(tmp_path)).exception)
-    assert "--server URL" in str(here("create", "x.jsonl").exception)
-
-
-def test_a_run_here_is_paused_and_resumed(tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_bytes(chat_rows(20))
-    run = tmp_path / "run"
-    recipe = {
-        "base": str(tiny_llama),
-        "data": {"train": str(tmp_path / "train.jsonl"), "validation": None},
-        "method": {"type": "lora", "rank": 2},
-        "train": {"max_steps": 4000, "epochs": 4000.0, "batch_size": 4, "checkpoint_every": 10_000},
-        "compute": {"device": "cpu", "threads": 1},
-        "output": str(run),
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "luthier.cli.main", "train", str(tmp_path / "recipe.yaml"), "-q"]
-    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
-            assert training.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        paused = CliRunner().invoke(app, ["jobs", "pause", str(run)])
-        assert paused.stdout.strip() == "interrupted", paused
-        assert training.wait(120) == 130
-    finally:
-        if training.poll() is None:
-            training.kill()
-            training.wait()
-    step = local_run(run)["step"]
-    assert step >= 3
-    seen: list[dict[str, Any]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("luthier.cli.jobs.train_command", lambda recipes, **values: seen.append({"r": recipes, **values}))
-        assert CliRunner().invoke(app, ["jobs", "resume", str(run)]).exit_code == 0
-    assert seen == [{"r": [str(run / "recipe.yaml")], "resume": True}]

@@ -115,7 +115,7 @@ def test_an_exclusive_run_whose_process_died_keeps_the_note_for_its_resume(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path)
-    note_training(folder, 512)
+    note_training(folder, 512, 9)
     killed.mark_killed(folder, "its process was killed by signal 9")
     assert folder.state()["status"] == "failed"
     monkeypatch.setattr(killed, "memory_kills", lambda: {"boot": None, "memory_kills": None})
@@ -138,7 +138,7 @@ def test_what_the_kernel_has_counted_decides(
 ) -> None:
     folder = RunFolder(tmp_path)
     monkeypatch.setattr(killed, "memory_kills", lambda: then)
-    note_training(folder, 1000)
+    note_training(folder, 1000, 9)
     monkeypatch.setattr(killed, "memory_kills", lambda: now)
     found, sentence = tokens_after_kill(folder)
     assert found == tokens

@@ -1,21 +1,31 @@
-"""`luthier jobs` and `luthier files` of a server (--server); without it `jobs` speaks of the runs on this machine."""
+"""`luthier jobs` of a server (--server); without it the same verbs speak of the runs on this machine."""
 
 from __future__ import annotations
 
 import json as json_module
-import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from luthier.base.catalogue import DEFAULT_BASE
 from luthier.cli.console import err, print_json
-from luthier.cli.local_runs import RUN_ENDS, local_events, local_run, local_runs, stop_run
-from luthier.cli.train import train_command
+from luthier.cli.local_create import Wanted, is_recipe, wanted_recipe
+from luthier.cli.local_runs import (
+    RUN_ENDS,
+    RUNS,
+    described_run,
+    local_events,
+    local_run,
+    local_runs,
+    stop_run,
+    tuned_folder,
+)
+from luthier.cli.where import refuse_here_only, server_of
 from luthier.errors import RecipeError, RunError
+from luthier.worker.background import resume_run, start_run
 
 if TYPE_CHECKING:
     from luthier.client.api import Server
@@ -26,65 +36,60 @@ POLL_SECONDS = 1.0
 jobs_app = typer.Typer(
     help="Fine-tuning jobs of a server (--server URL), or the runs on this machine.", no_args_is_help=True
 )
-files_app = typer.Typer(help="Files of a server (--server URL).", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Runs = Annotated[str, typer.Option("--runs", help="Without --server: the folder that holds run folders.")]
-
-
-@dataclass(frozen=True)
-class Where:
-    """What the root options say about the server; url None means this machine."""
-
-    url: str | None = None
-    key: str | None = None
-
-
-def server_of(context: typer.Context | None) -> Server | None:
-    """The server that --server names; None without it, and for callers from Python, who have no context."""
-    where = (context.find_object(Where) if context is not None else None) or Where()
-    if where.url is None:
-        return None
-    key = where.key or os.environ.get("LUTHIER_API_KEY")
-    if not key:
-        raise RecipeError("no API key is given", "--key, or LUTHIER_API_KEY in the environment")
-    try:
-        from luthier.client.api import Server
-    except ModuleNotFoundError as error:
-        raise RecipeError(f"{error.name} is not installed", fix="pip install 'luthier[service]'") from None
-    return Server(where.url, key)
-
-
-def need_server(context: typer.Context) -> Server:
-    server = server_of(context)
-    if server is None:
-        raise RecipeError(
-            "this verb speaks of a server", "luthier --server URL ...", "or tune here with `luthier train`"
-        )
-    return server
+Runs = Annotated[
+    str | None,
+    typer.Option("--runs", help="Without --server: the folder that holds run folders. Default: runs."),
+]
+Watch = Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")]
 
 
 @jobs_app.command("create")
 def create_job(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(help="A training file to upload, or the id of one that is uploaded.")],
+    file: Annotated[
+        str,
+        typer.Argument(help="A training file: its id on a server, or one to upload. Without --server also a recipe."),
+    ],
     model: Annotated[
-        str, typer.Option("--model", help="A base of the server, or a tuned model.")
-    ] = "smollm2-135m-instruct",
+        str | None,
+        typer.Option("--model", help=f"A base, or a tuned model (without --server: a run). Default: {DEFAULT_BASE}."),
+    ] = None,
     validation: Annotated[str | None, typer.Option("--validation", help="A validation file, or its id.")] = None,
-    suffix: Annotated[str | None, typer.Option("--suffix", help="Goes into the model's name.")] = None,
+    suffix: Annotated[
+        str | None, typer.Option("--suffix", help="Goes into the model's name; here, the run folder's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed")] = None,
     spec: Annotated[
         str | None, typer.Option("--spec", help='More of the job as JSON: {"task": ..., "method": ..., "train": ...}.')
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Without --server: override a field of the recipe."),
+    ] = None,
+    runs: Runs = None,
+    watch: Watch = False,
 ) -> None:
-    """Upload what is needed, and start a job."""
-    server = need_server(context)
-    try:
-        own = json_module.loads(spec) if spec else {}
-    except ValueError as error:
-        raise RecipeError(f"--spec is not valid JSON: {error}") from None
-    body = {"model": model, "training_file": _file_id(server, file), "luthier": own}
+    """Start a job: on a server, files are uploaded if need be; here, a run in the background."""
+    own = _spec(spec)
+    server = server_of(context)
+    if server is None:
+        wanted = Wanted(file, model, validation, suffix, seed, own, overrides or [])
+        recipe = wanted_recipe(wanted, Path(runs) if runs is not None else None)
+        with err().status(f"starting {recipe.output}"):
+            run = start_run(recipe)
+        print(run.path)
+        if watch:
+            _watch_run(run.path)
+        return
+    refuse_here_only(set=overrides, runs=runs)
+    if is_recipe(file):
+        raise RecipeError(
+            f"{file} is a recipe, which names files of this machine",
+            "a training file",
+            "name its data file, and give its fields with --spec; or leave --server out",
+        )
+    body: dict[str, Any] = {"model": model or DEFAULT_BASE, "training_file": _file_id(server, file), "luthier": own}
     if validation:
         body["validation_file"] = _file_id(server, validation)
     body |= {name: value for name, value in (("suffix", suffix), ("seed", seed)) if value is not None}
@@ -95,12 +100,16 @@ def create_job(
 
 
 @jobs_app.command("list")
-def list_jobs(context: typer.Context, limit: int = 20, runs: Runs = "runs", json: AsJson = False) -> None:
+def list_jobs(context: typer.Context, limit: int = 20, runs: Runs = None, json: AsJson = False) -> None:
     """Jobs, newest first."""
     server = server_of(context)
-    rows = list(local_runs(Path(runs)) if server is None else server.pages("/fine_tuning/jobs", limit))
+    if server is None:
+        rows = list(local_runs(Path(runs or RUNS)))
+    else:
+        refuse_here_only(runs=runs)
+        rows = list(server.pages("/fine_tuning/jobs", limit))
     if json:
-        print_json(rows)
+        print_json(rows[:limit])
         return
     for row in rows[:limit]:
         print(f"{row['id']}  {row['status']}  {row.get('fine_tuned_model') or row.get('model') or ''}")
@@ -110,7 +119,7 @@ def list_jobs(context: typer.Context, limit: int = 20, runs: Runs = "runs", json
 def show_job(context: typer.Context, job: str) -> None:
     """All that is known about a job."""
     server = server_of(context)
-    print_json(local_run(Path(job)) if server is None else server.get(f"/fine_tuning/jobs/{job}"))
+    print_json(described_run(Path(job)) if server is None else server.get(f"/fine_tuning/jobs/{job}"))
 
 
 @jobs_app.command("watch")
@@ -136,7 +145,7 @@ def list_events(context: typer.Context, job: str, limit: int = 50) -> None:
 
 @jobs_app.command("cancel")
 def cancel_job(context: typer.Context, job: str) -> None:
-    """End a job. A run here is saved where it stands, and its process ends."""
+    """End a job. A run here is saved where it stands, its process ends, and it can be resumed."""
     server = server_of(context)
     print(stop_run(Path(job)) if server is None else server.post(f"/fine_tuning/jobs/{job}/cancel")["status"])
 
@@ -149,47 +158,29 @@ def pause_job(context: typer.Context, job: str) -> None:
 
 
 @jobs_app.command("resume")
-def resume_job(context: typer.Context, job: str) -> None:
-    """Let a paused job go on; a run here in this terminal, as `luthier train --resume` does."""
+def resume_job(context: typer.Context, job: str, watch: Watch = False) -> None:
+    """Let a paused job go on; a run here in the background, from its last checkpoint."""
     server = server_of(context)
     if server is None:
-        local_run(Path(job))
-        train_command([str(Path(job) / "recipe.yaml")], resume=True)
-    else:
-        print(server.post(f"/fine_tuning/jobs/{job}/resume")["status"])
-
-
-@files_app.command("upload")
-def upload_file(context: typer.Context, file: Path, purpose: str = "fine-tune") -> None:
-    """Upload a file; prints its id."""
-    print(need_server(context).upload(file, purpose)["id"])
-
-
-@files_app.command("list")
-def list_files(context: typer.Context, json: AsJson = False) -> None:
-    """Files, newest first."""
-    rows = list(need_server(context).pages("/files"))
-    if json:
-        print_json(rows)
+        with err().status(f"starting {job}"):
+            run = resume_run(Path(job))
+        print(local_run(run.path)["status"])
+        if watch:
+            _watch_run(run.path)
         return
-    for row in rows:
-        print(f"{row['id']}  {row['bytes']:>12,}  {row['purpose']}  {row['filename']}")
+    print(server.post(f"/fine_tuning/jobs/{job}/resume")["status"])
+    if watch:
+        _watch(server, job)
 
 
-@files_app.command("get")
-def get_file(
-    context: typer.Context, file: str, to: Annotated[Path, typer.Option("--to", help="Where to write it.")]
-) -> None:
-    """Download a file."""
-    to.write_bytes(need_server(context).content(f"/files/{file}/content"))
-    print(to)
-
-
-@files_app.command("delete")
-def delete_file(context: typer.Context, file: str) -> None:
-    """Delete a file."""
-    need_server(context).delete(f"/files/{file}")
-    print(f"{file} is deleted.")
+def _spec(text: str | None) -> dict[str, Any]:
+    try:
+        value = json_module.loads(text) if text else {}
+    except ValueError as error:
+        raise RecipeError(f"--spec is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RecipeError(f"--spec is {text}", 'an object, as in {"train": {"epochs": 3}}')
+    return value
 
 
 def _file_id(server: Server, name: str) -> str:
@@ -225,10 +216,11 @@ def _watch_run(folder: Path) -> None:
         task = bar.add_task("waiting", total=None)
         while True:
             run = local_run(folder)
-            bar.update(task, description=run["status"], completed=run["step"])
+            loss = f", loss {run['loss']:.3f}" if isinstance(run["loss"], float) else ""
+            bar.update(task, description=run["status"] + loss, completed=run["step"], total=run.get("total_steps"))
             if run["status"] in RUN_ENDS:
                 break
             time.sleep(POLL_SECONDS)
-    if run["status"] == "failed":
-        raise RunError(f"{folder} failed: {run.get('problem')}")
-    print(folder / "adapter" if run["status"] == "done" else run["status"])
+    if run.get("problem") and run["status"] != "done":
+        raise RunError(f"{folder} {'failed' if run['status'] == 'failed' else 'has not begun'}: {run['problem']}")
+    print(tuned_folder(folder) if run["status"] == "done" else run["status"])

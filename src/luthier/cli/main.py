@@ -14,14 +14,16 @@ from luthier.cli.console import print_error
 from luthier.cli.doctor import doctor_command
 from luthier.cli.eval import eval_command
 from luthier.cli.export import export_command
+from luthier.cli.files import files_app
 from luthier.cli.init import init_command
-from luthier.cli.jobs import Where, files_app, jobs_app
+from luthier.cli.jobs import jobs_app
 from luthier.cli.models import models_command
 from luthier.cli.plan import plan_command
 from luthier.cli.predict import predict_command
 from luthier.cli.serve import serve_command, worker_command
 from luthier.cli.tenants import backup_command, keys_app, restore_command, tenants_app, usage_command
 from luthier.cli.train import train_command
+from luthier.cli.where import Where
 from luthier.errors import LuthierError
 from luthier.imports import forget_objects
 

@@ -1,4 +1,4 @@
-"""`luthier models`: the catalogue, and which of it lies on this machine."""
+"""`luthier models`: the catalogue, which of it lies on this machine, and what was tuned here; or a server's models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from luthier.base.catalogue import CATALOGUE, DEFAULT_BASE, CatalogueEntry
 from luthier.base.fetch import cached_folder, resolve
 from luthier.base.identity import base_revision
 from luthier.cli.console import err, out, print_json
-from luthier.cli.jobs import server_of
+from luthier.cli.local_runs import RUNS, local_runs
+from luthier.cli.where import refuse_here_only, server_of
 
 WIDTH_WITH_REMARKS = 140
 
@@ -24,18 +25,23 @@ def models_command(
         str | None, typer.Option("--fetch", metavar="NAME", help="Fetch this base now: a catalogue name or a Hub id.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON on standard output.")] = False,
+    runs: Annotated[
+        str | None, typer.Option("--runs", help="The folder that holds run folders. Default: runs.")
+    ] = None,
     context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
-    """List the bases known by name, or with --server a server's models, tuned ones included."""
+    """List the bases known by name and what was tuned here, or with --server a server's models."""
     server = server_of(context)
     if server is not None:
+        refuse_here_only(fetch=fetch, runs=runs)
         _print_served(server.get("/models")["data"], json)
     elif fetch is not None:
         _fetch(fetch, json)
     elif json:
-        print_json([describe_entry(entry) for entry in CATALOGUE])
+        print_json([*(describe_entry(entry) for entry in CATALOGUE), *_tuned_here(Path(runs or RUNS))])
     else:
         _print_table()
+        _print_tuned(_tuned_here(Path(runs or RUNS)))
 
 
 def _print_served(models: list[dict[str, Any]], json: bool) -> None:
@@ -44,6 +50,26 @@ def _print_served(models: list[dict[str, Any]], json: bool) -> None:
         return
     for model in models:
         print(f"{model['id']}  {model['owned_by']}")
+
+
+def _tuned_here(runs: Path) -> list[dict[str, Any]]:
+    """The models of runs that are done: their folders, and the bases that they were tuned over."""
+    done = [run for run in local_runs(runs) if run["fine_tuned_model"] is not None]
+    return [
+        {
+            "name": run["id"],
+            "base": run["model"],
+            "folder": run["fine_tuned_model"],
+            "size_bytes": folder_bytes(Path(run["fine_tuned_model"])),
+        }
+        for run in done
+    ]
+
+
+def _print_tuned(models: list[dict[str, Any]]) -> None:
+    if models:
+        lines = [f"  {model['name']}  {model['base']}  {model['folder']}" for model in models]
+        out().print(Text("\n".join(["", "Tuned here (run, base, model):", *lines])), soft_wrap=True)
 
 
 def describe_entry(entry: CatalogueEntry) -> dict[str, Any]:

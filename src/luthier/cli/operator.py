@@ -7,8 +7,8 @@ from urllib.parse import quote
 
 import typer
 
-from luthier.cli.jobs import server_of
 from luthier.cli.serve import open_context
+from luthier.cli.where import server_of
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -17,16 +17,17 @@ from luthier.errors import LuthierError, ProcessLostError
 from luthier.types import LEAST_MICRO_BATCH_TOKENS
 from luthier.worker.run_folder import RunFolder
 
-NOTE = "training"
-"""Of state.json: the note."""
+NOTE, TOTAL_STEPS = "training", "total_steps"
+"""Of state.json: the note, and the steps of the whole run."""
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _COUNTERS = Path("/proc/vmstat")
 
 
-def note_training(folder: RunFolder, forward_tokens: int) -> None:
+def note_training(folder: RunFolder, forward_tokens: int, total_steps: int) -> None:
     """Say that the run trains from now on, in forwards of at most `forward_tokens`."""
-    folder.set_state("training", **{NOTE: {"forward_tokens": forward_tokens, **memory_kills()}})
+    note = {"forward_tokens": forward_tokens, **memory_kills()}
+    folder.set_state("training", **{TOTAL_STEPS: total_steps, NOTE: note})
 
 
 def note_end(folder: RunFolder, error: BaseException) -> None:
@@ -35,18 +36,18 @@ def note_end(folder: RunFolder, error: BaseException) -> None:
     One that has lost another of its processes may have lost it to a kill: its note stays.
     """
     with contextlib.suppress(LuthierError):
-        if folder.state()["status"] == "training":
+        state = folder.state()
+        if state["status"] == "training":
             if isinstance(error, ProcessLostError):
                 mark_killed(folder, error.found)
                 return
             how = "failed" if isinstance(error, Exception) else "interrupted"
-            folder.set_state(how, problem=str(error) or type(error).__name__)
+            folder.set_state(how, problem=str(error) or type(error).__name__, **_kept(state, TOTAL_STEPS))
 
 
 def mark_killed(folder: RunFolder, problem: str) -> None:
     """Say of a run whose process is gone that it failed; its note stays for the resume."""
-    note = folder.state().get(NOTE)
-    folder.set_state("failed", problem=problem, **({NOTE: note} if note else {}))
+    folder.set_state("failed", problem=problem, **_kept(folder.state(), NOTE, TOTAL_STEPS))
 
 
 def tokens_after_kill(folder: RunFolder) -> tuple[int | None, str]:
@@ -78,6 +79,10 @@ def memory_kills() -> dict[str, Any]:
         return {"boot": _BOOT.read_text().strip(), "memory_kills": int(counters["oom_kill"])}
     except (OSError, ValueError, KeyError):
         return {"boot": None, "memory_kills": None}
+
+
+def _kept(state: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: state[name] for name in names if state.get(name)}
 
 
 def _evidence(note: dict[str, Any]) -> tuple[Any, Any]:

@@ -43,7 +43,7 @@ def settle_memory(engine: Engine, runs: Sequence[Run], progress: Progress) -> Me
         progress.note(f"a forward holds at most {engine.budget_tokens:,} tokens, so that it fits in memory")
     progress.facts("memory", _rows(plan, base))
     for run in runs:
-        note_training(run.folder, plan.tokens)
+        note_training(run.folder, plan.tokens, run.job.total_steps)
     return plan
 
 

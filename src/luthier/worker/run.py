@@ -330,7 +330,7 @@ class Run:
         """Save where the run stands, to be resumed."""
         self.job.restart_step()
         self.save()
-        self.folder.set_state("interrupted", step=self.job.step)
+        self.folder.set_state("interrupted", step=self.job.step, total_steps=self.job.total_steps)
 
     # -- after training
 
@@ -346,7 +346,8 @@ class Run:
         result = self._result(kept_step, peak_memory_bytes, device)
         self.folder.write_json("result.json", result)
         status = "failed" if self.job.state == "failed" else "done"
-        self.folder.set_state(status, step=self.job.step, problem=self.job.problem)
+        at = {"step": self.job.step, "total_steps": self.job.total_steps}
+        self.folder.set_state(status, **at, problem=self.job.problem)
         if self.writes_report:
             from luthier.evaluate.report import write_report  # only now: it loads matplotlib
 

@@ -89,6 +89,8 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
     if len(recipes) == 1 and children.errors:
         raise children.errors[0]
     found = children.results | {recipe.output: result for recipe, result in zip(shared, results, strict=True)}
+    if any(recipe.output not in found for recipe in recipes):
+        raise KeyboardInterrupt  # a child was asked to stop by somebody else, and has saved
     return [found[recipe.output] for recipe in recipes]
 
 
