@@ -30,8 +30,8 @@ from luthier.store.tables import Event, Model, Usage
 NUM_WORKER_KILLS, NUM_API_KILLS, NUM_JOBS = (
     int(n) for n in (os.environ.get("LUTHIER_TEST_KILLS", "1,1") + ",4").split(",")[:3]
 )
-# Long enough that the last kill still finds jobs at work.
-NUM_EPOCHS = 6.0 + NUM_WORKER_KILLS + NUM_API_KILLS
+# Long enough that the last kill still finds jobs at work: while an API starts again, the worker goes on.
+NUM_EPOCHS = 6.0 + NUM_WORKER_KILLS + 8 * NUM_API_KILLS
 OWN: dict[str, Any] = {
     "method": {"type": "lora", "rank": 2},
     "train": {"epochs": NUM_EPOCHS, "batch_size": 4, "checkpoint_every": 7},

@@ -244,7 +244,7 @@ def test_an_exclusive_job_pauses_resumes_and_is_cancelled(service: Service, tmp_
 def test_an_exclusive_job_survives_its_process_and_its_worker(service: Service, tmp_path: Path) -> None:
     """Killed once, moved to another worker once: the bytes are those of a job that nobody disturbed."""
     client = client_of(service)
-    own = {**LONG, "train": {**LONG["train"], "epochs": 30.0}}  # long enough to be killed and moved in
+    own = {**LONG, "train": {**LONG["train"], "epochs": 16.0}}  # long enough to be killed and moved in
     with working(service.context, tmp_path / "one"):
         job = tune(client, "full", own)
         wait_for_step(client, job.id, 6)

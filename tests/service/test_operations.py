@@ -255,6 +255,10 @@ def test_what_is_logged_of_a_request_has_its_id(fresh: Service, caplog: pytest.L
     file = client.files.create(file=("t.jsonl", chat_rows(3)), purpose="fine-tune")
     fresh.context.blobs.delete(fresh.context.files.get(fresh.context.tenants.get("acme").id, file.id).blob)
     lines: list[dict[str, Any]] = []
+
+    def lines_of(request: str | None) -> list[dict[str, Any]]:
+        return [line for line in list(lines) if line.get("request_id") == request]
+
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(json.loads(JsonLines().format(record)))  # type: ignore[method-assign]
     logger = logging.getLogger("luthier")
@@ -263,11 +267,12 @@ def test_what_is_logged_of_a_request_has_its_id(fresh: Service, caplog: pytest.L
         with caplog.at_level(logging.INFO):
             with pytest.raises(openai.InternalServerError) as lost:
                 client.files.content(file.id)
-            wait_until(lambda: any(line["message"] == "request" for line in list(lines)))  # it follows the answer
+            # The line of a request follows its answer.
+            wait_until(lambda: "request" in [line["message"] for line in lines_of(lost.value.request_id)])
     finally:
         logger.removeHandler(handler)
     assert lost.value.status_code == 503
-    own = [line for line in lines if line.get("request_id") == lost.value.request_id]
+    own = lines_of(lost.value.request_id)
     assert [line["message"] for line in own] == ["request failed", "request"]
     assert "is not there" in own[0]["problem"]
     assert (own[1]["method"], own[1]["route"], own[1]["status"]) == ("GET", "/v1/files/{file_id}/content", 503)

@@ -244,7 +244,7 @@ def test_a_child_does_not_outlive_its_parent(tiny_llama: Path, tmp_path: Path) -
             time.sleep(0.01)
         assert child.process.stdin is not None
         child.process.stdin.close()
-        assert child.process.wait(timeout=60) == 130
+        assert child.process.wait(timeout=120) == 130
     finally:
         child.process.kill()
     assert json.loads((tmp_path / "orphan/state.json").read_text())["status"] == "interrupted"
