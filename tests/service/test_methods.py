@@ -88,7 +88,7 @@ def test_jobs_over_nf4_train_and_answer_where_it_is_held(service: Service, tiny_
     ]
     plain = tune(client, {"type": "lora", "rank": 2})
     work = StoredWork(service.context.database, service.context.blobs)
-    assert work.wanted_bases() == [HeldBase(BASE, "nf4"), HeldBase(BASE)]
+    assert [wanted.base for wanted in work.wanted_bases()] == [HeldBase(BASE, "nf4"), HeldBase(BASE)]
     with working(service.context, tmp_path / "nf4", quantization="nf4"):
         done = [wait_for(job.id, client) for job in jobs]
         assert [job.status for job in done] == ["succeeded"] * 3, [job.error for job in done]
@@ -142,7 +142,8 @@ def test_a_full_job_trains_beside_the_base_and_its_model_is_a_base_itself(servic
     assert row.form == "model"
     held = HeldBase(BASE, weights=row.blob)
     further = tune(client, {"type": "lora", "rank": 2}, model=name)
-    assert held in StoredWork(service.context.database, service.context.blobs).wanted_bases()
+    work = StoredWork(service.context.database, service.context.blobs)
+    assert held in [wanted.base for wanted in work.wanted_bases()]
     with working(service.context, tmp_path / "own", weights=row.blob):
         full_says = client.chat.completions.create(model=name, logprobs=True, **ASK)
         assert full_says.choices[0].logprobs != base_says.choices[0].logprobs

@@ -22,8 +22,8 @@ from sqlalchemy import String, cast, select
 
 from luthier.errors import RunError
 from luthier.registry.backup import back_up, restore
+from luthier.registry.placement import live_workers
 from luthier.registry.webhooks import AddressError, permitted_address
-from luthier.registry.work import live_workers
 from luthier.service.background import pinned_request
 from luthier.service.wire import JsonLines
 from luthier.store.blobs import Blobs

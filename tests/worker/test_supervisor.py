@@ -1,31 +1,36 @@
-"""The supervisor: a worker for each base that somebody waits for, where the memory for it is free."""
+"""The supervisor: a worker for each base that somebody waits for, tried again where it could not start."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from luthier.registry.seam import WantedBase
 from luthier.store.held_base import HeldBase
 from luthier.worker.supervisor import Supervisor
 
 
 @dataclass
 class Machine:
-    """What the supervisor meets: who waits, what memory is free, and the processes that it started."""
+    """What the supervisor meets: who waits, and the processes that it started."""
 
     wanted: list[HeldBase] = field(default_factory=list)
-    free_bytes: int = 10**12
+    need_bytes: int = 0
     started: list[FakeProcess] = field(default_factory=list)
+    attended: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
 
-    def wanted_bases(self) -> list[HeldBase]:
-        return [base for base in self.wanted if base not in [p.base for p in self.started if p.returncode is None]]
+    def attend(self, place: str, bases: Collection[str], lease_seconds: float) -> None:
+        self.attended.add((place, tuple(bases)))
+
+    def wanted_bases(self) -> list[WantedBase]:
+        """Also such as are held: without the memory that somebody needs."""
+        return [WantedBase(base, self.need_bytes) for base in self.wanted]
 
 
 class FakeProcess:
@@ -33,6 +38,7 @@ class FakeProcess:
         def value(option: str) -> str:
             return command[command.index(option) + 1] if option in command else ""
 
+        self.place, self.need_bytes = value("--place"), int(value("--need"))
         self.base = HeldBase(value("--base").partition("=")[0], value("--quantization"), value("--weights"))
         self.returncode: int | None = None
 
@@ -58,9 +64,6 @@ def machine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> Iterator[Machi
     monkeypatch.setattr("luthier.worker.supervisor.POLL_SECONDS", 0.01)
     monkeypatch.setattr("luthier.worker.supervisor.MAX_WAIT_SECONDS", 0.1)
     monkeypatch.setattr("luthier.worker.supervisor.subprocess.Popen", start)
-    monkeypatch.setattr(
-        "luthier.worker.supervisor.psutil.virtual_memory", lambda: SimpleNamespace(available=machine.free_bytes)
-    )
     supervisor = Supervisor(machine, {"small": str(tiny_llama), "other": str(tiny_llama)})  # type: ignore[arg-type]
     thread = threading.Thread(target=supervisor.run)
     thread.start()
@@ -94,13 +97,24 @@ def test_one_worker_a_base_that_is_known_here(machine: Machine) -> None:
     wait_until(lambda: len(machine.started) == 5)
 
 
-def test_a_base_waits_until_there_is_memory_for_it(machine: Machine) -> None:
-    machine.free_bytes = 1000
+def test_a_worker_is_told_its_place_and_what_somebody_needs(machine: Machine) -> None:
+    machine.need_bytes = 7
     machine.wanted = [HeldBase("small")]
-    time.sleep(0.15)
-    assert machine.started == []
-    machine.free_bytes = 10**12
     wait_until(lambda: len(machine.started) == 1)
+    assert machine.attended == {(machine.started[0].place, ("small", "other"))}
+    assert machine.started[0].need_bytes == 7
+
+
+def test_a_worker_that_had_no_memory_is_tried_again_much_later(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.worker.supervisor.MAX_WAIT_SECONDS", 1.5)  # one that died waits for a second
+    machine.wanted = [HeldBase("small")]
+    wait_until(lambda: len(machine.started) == 1)
+    ended_at = time.monotonic()
+    machine.started[0].returncode = 2
+    wait_until(lambda: len(machine.started) == 2)
+    assert time.monotonic() - ended_at >= 1.4
 
 
 def test_a_worker_that_dies_is_started_again_later_each_time(machine: Machine) -> None:

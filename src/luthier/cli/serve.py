@@ -93,6 +93,8 @@ def worker_command(
         str,
         typer.Option("--weights", help="Key prefix of a tuned model that is held in place of its base."),
     ] = "",
+    place: Annotated[str | None, typer.Option("--place", hidden=True, help="The supervisor that started it.")] = None,
+    need: Annotated[int, typer.Option("--need", metavar="BYTES", help="Memory that must be free beyond the base.")] = 0,
     lasting: Annotated[bool, typer.Option("--supervise", help="Start workers for whatever base is asked for.")] = False,
 ) -> None:
     """Run a worker of one base (--base NAME), or start workers as bases are asked for (--supervise)."""
@@ -135,6 +137,8 @@ def worker_command(
         port=port,
         address=address,
         threads=threads,
+        place=place,
+        need_bytes=need,
     )
     run_worker(StoredWork(context.database, context.blobs), context.blobs, options)
 

@@ -146,16 +146,25 @@ def usage_command(
         print(f"{_day(row['day'])}  {row['tenant']}  {row['model']}  {counts}  cost {row['cost']:g}")
 
 
+BlobsOnly = Annotated[
+    bool, typer.Option("--blobs-only", help="Leave the database to its own tools, as with PostgreSQL; blobs alone.")
+]
+
+
 def backup_command(
     context: typer.Context,
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     data: Data = None,
+    blobs_only: BlobsOnly = False,
 ) -> None:
     """Copy database and blobs into a new folder, while the service runs. For SQLite; PostgreSQL has pg_dump."""
-    from luthier.registry.backup import back_up
+    from luthier.registry.backup import back_up, back_up_blobs
 
     refuse_server(context, "backup")
     store = open_context(data, None)
+    if blobs_only:
+        print(f"{target} holds {back_up_blobs(store.blobs, target)} blobs.")
+        return
     num_files = back_up(store.database, store.blobs, target)
     print(f"{target} holds the database and {num_files} blobs.")
 
@@ -164,13 +173,19 @@ def restore_command(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(help="What `luthier backup` wrote.")],
     data: Data = None,
+    blobs_only: BlobsOnly = False,
 ) -> None:
     """Put a backup where no service has been yet."""
-    from luthier.registry.backup import restore
+    from luthier.registry.backup import restore, restore_blobs
     from luthier.service.settings import read_service_settings
     from luthier.store.blobs import Blobs
 
     refuse_server(context, "restore")
+    if blobs_only:
+        store = open_context(data, None)
+        num_files = restore_blobs(source, store.database, store.blobs)
+        print(f"{num_files} blobs are back, and the database names no other.")
+        return
     settings = read_service_settings(data)
     restore(source, settings.database_url, Blobs(settings.storage, dict(settings.storage_options)))
     print(f"{settings.data_folder} holds what {source} held.")

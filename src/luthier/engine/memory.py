@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,21 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(psutil.virtual_memory().available, _cgroup_room())
+
+
+def total_bytes(device: torch.device) -> int:
+    """Bytes that `device` has in all, whoever holds them; of a container, what it may take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return min(psutil.virtual_memory().total, _cgroup_limit())
+
+
+def _cgroup_limit() -> int:
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        return int(text) if text != "max" else 2**62
+    except (OSError, ValueError):
+        return 2**62
 
 
 def _cgroup_room() -> int:

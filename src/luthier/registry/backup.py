@@ -28,16 +28,49 @@ def back_up(database: Database, blobs: Blobs, target: Path) -> int:
     """
     if not database.is_sqlite:
         raise RunError(
-            "this backup is for the embedded SQLite", "a SQLite database", "use pg_dump, and your bucket's own copies"
+            "this backup is for the embedded SQLite",
+            "a SQLite database",
+            "use pg_dump, then `luthier backup --blobs-only`",
         )
-    if target.exists() and any(target.iterdir()):
-        raise RunError(f"{target} is not empty", "a new folder")
-    target.mkdir(parents=True, exist_ok=True)
+    _make_empty(target)
     with sqlite3.connect(database.url.removeprefix("sqlite:///")) as source:
         copy = sqlite3.connect(target / DATABASE_FILE)
         with copy:
             source.backup(copy)
         copy.close()
+    return _copy_blobs(blobs, target)
+
+
+def back_up_blobs(blobs: Blobs, target: Path) -> int:
+    """Copy every blob into a new folder, once the database has been copied otherwise; returns their number.
+
+    Raises:
+        RunError: for a folder that is not empty.
+    """
+    _make_empty(target)
+    return _copy_blobs(blobs, target)
+
+
+def restore_blobs(source: Path, database: Database, blobs: Blobs) -> int:
+    """Put back the blobs of a database that has been restored otherwise; returns their number.
+
+    Raises:
+        RunError: when the backup is not there, or lacks what the database names.
+    """
+    num_files = _put_blobs(source, blobs)
+    if num_files == 0:
+        raise RunError(f"{source} holds no blobs", "a folder that `luthier backup` wrote")
+    _check_whole(database, blobs)
+    return num_files
+
+
+def _make_empty(target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        raise RunError(f"{target} is not empty", "a new folder")
+    target.mkdir(parents=True, exist_ok=True)
+
+
+def _copy_blobs(blobs: Blobs, target: Path) -> int:
     num_files = 0
     for name in blobs.names("tenants"):
         path = target / "blobs" / "tenants" / name
@@ -56,7 +89,11 @@ def restore(source: Path, database_url: str, blobs: Blobs) -> None:
         RunError: when there is a database already, or the backup is not whole.
     """
     if not database_url.startswith("sqlite:///"):
-        raise RunError("a backup is restored into SQLite", "no LUTHIER_DATABASE_URL of another kind")
+        raise RunError(
+            "a backup is restored into SQLite",
+            "no LUTHIER_DATABASE_URL of another kind",
+            "use pg_restore, then `luthier restore --blobs-only`",
+        )
     path = Path(database_url.removeprefix("sqlite:///"))
     if path.exists():
         raise RunError(
@@ -64,12 +101,7 @@ def restore(source: Path, database_url: str, blobs: Blobs) -> None:
         )
     if not (source / DATABASE_FILE).exists():
         raise RunError(f"{source} holds no backup", f"a folder with {DATABASE_FILE}")
-    root = source / "blobs"
-    for file in sorted(root.rglob("*")) if root.exists() else []:
-        if file.is_file():
-            with file.open("rb") as stream:
-                key = file.relative_to(root).as_posix()
-                blobs.write(key, file_pieces(stream))
+    _put_blobs(source, blobs)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / DATABASE_FILE, path)
     database = open_database(database_url)
@@ -77,6 +109,17 @@ def restore(source: Path, database_url: str, blobs: Blobs) -> None:
         _check_whole(database, blobs)
     finally:
         database.close()
+
+
+def _put_blobs(source: Path, blobs: Blobs) -> int:
+    root = source / "blobs"
+    num_files = 0
+    for file in sorted(root.rglob("*")) if root.exists() else []:
+        if file.is_file():
+            with file.open("rb") as stream:
+                blobs.write(file.relative_to(root).as_posix(), file_pieces(stream))
+            num_files += 1
+    return num_files
 
 
 def _check_whole(database: Database, blobs: Blobs) -> None:

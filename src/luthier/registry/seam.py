@@ -34,12 +34,46 @@ class WorkerCard:
         base: What it holds.
         address: Where its HTTP endpoint listens, as in "http://127.0.0.1:40123".
         secret: What a caller must show there.
+        place: The supervisor that started it, or None.
+        free_bytes: What it can give jobs now beyond its base.
+        total_bytes: The most that it could give one if it had no other; None, as above, where that is not known.
     """
 
     id: str
     base: HeldBase
     address: str
     secret: str
+    place: str | None = None
+    free_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Whether a base fits somewhere, in bytes of the memory in which it would be held.
+
+    Attributes:
+        base: What it takes, with what its process has still to take for itself.
+        free: What is free now.
+        total: What there is in all.
+    """
+
+    base: int
+    free: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class WantedBase:
+    """What somebody waits for.
+
+    Attributes:
+        need_bytes: What the worker must have free beyond the base, so that one who waits is helped; 0 where that is not
+            known.
+    """
+
+    base: HeldBase
+    need_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +190,16 @@ class WorkRecord(Protocol):
     def register(self, card: WorkerCard, lease_seconds: float) -> None:
         """A worker is here and takes jobs and requests for its base."""
 
-    def wanted_bases(self) -> list[HeldBase]:
-        """What somebody waits for and no live worker holds, the longest waiting first."""
+    def attend(self, place: str, bases: Collection[str], lease_seconds: float) -> None:
+        """A supervisor is here, and starts workers of these bases on its machine."""
 
-    def heartbeat(self, worker: str, lease_seconds: float) -> dict[str, Wish]:
+    def wanted_bases(self) -> list[WantedBase]:
+        """What somebody waits for and no live worker holds, or none that has the memory, the longest waiting first."""
+
+    def note_room(self, place: str, base: HeldBase, room: Room, need_bytes: int) -> None:
+        """A place has looked whether it can hold a base, with so much beyond it; who waits is told where nobody can."""
+
+    def heartbeat(self, worker: str, lease_seconds: float, free_bytes: int | None = None) -> dict[str, Wish]:
         """Renew the worker's lease and those of its jobs; returns what is asked of jobs that it holds, by job id."""
 
     def erased(self, tenants: Collection[str]) -> set[str]:
@@ -170,6 +210,8 @@ class WorkRecord(Protocol):
 
     def claim(self, worker: str, max_jobs: int, lease_seconds: float) -> list[ClaimedJob]:
         """Take up to `max_jobs` jobs that wait for the worker's base, or whose holder's lease has run out.
+
+        A job that was declined for want of memory is left to workers that have as much free as it needs.
 
         Tenants with the fewest running jobs per weight come first, and of a tenant's jobs the oldest.
         """
@@ -191,6 +233,12 @@ class WorkRecord(Protocol):
 
     def fail(self, claim: Claim, code: str, message: str, param: str | None = None) -> None:
         """The job failed for a reason that its owner can read."""
+
+    def decline(self, claim: Claim, need_bytes: int, free_bytes: int) -> None:
+        """The job needs more beyond its base than the worker has free: it waits for one that has, and says so.
+
+        It fails where no worker and no place that is here could ever have so much.
+        """
 
     def release(self, claim: Claim, *, is_loss: bool = False) -> None:
         """Let the job go where its last checkpoint stands: paused, cancelled, or for others to claim.

@@ -7,10 +7,20 @@ import io
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from luthier.registry.events import add_event, announce_end
+from luthier.registry.placement import (
+    CLAIMABLE,
+    ROOM_SECONDS,
+    has_memory,
+    may_fit,
+    nowhere,
+    say_base_waits,
+    say_job_waits,
+    wanted_bases,
+)
 from luthier.registry.problems import LeaseLostError
 from luthier.registry.seam import (
     CheckpointRecord,
@@ -18,7 +28,9 @@ from luthier.registry.seam import (
     ClaimedJob,
     JobResult,
     Level,
+    Room,
     StepRecord,
+    WantedBase,
     Wish,
     WorkerCard,
 )
@@ -27,11 +39,8 @@ from luthier.registry.usage import add_usage, job_cost
 from luthier.store.blobs import Blobs
 from luthier.store.database import Database, locking, new_id, now_seconds
 from luthier.store.held_base import HeldBase
-from luthier.store.tables import Checkpoint, Demand, Event, File, Job, Model, Tenant, Worker
+from luthier.store.tables import Checkpoint, Event, File, Job, Model, Place, RoomThere, Tenant, Worker
 
-CLAIMABLE = ("validating_files", "queued", "running")
-DEMAND_SECONDS = 120.0
-"""How long a request for a base counts after it was made."""
 MAX_LOSSES = 10
 """A job whose holders die this often without a checkpoint in between is taken to be what kills them."""
 
@@ -56,13 +65,38 @@ class StoredWork:
                     secret=card.secret,
                     started_at=int(now),
                     lease_until=now + lease_seconds,
+                    place=card.place,
+                    free_bytes=card.free_bytes,
+                    total_bytes=card.total_bytes,
                 )
             )
 
-    def heartbeat(self, worker: str, lease_seconds: float) -> dict[str, Wish]:
+    def attend(self, place: str, bases: Collection[str], lease_seconds: float) -> None:
         with self._database.writing() as session:
             now = self._database.now(session)
-            session.execute(update(Worker).where(Worker.id == worker).values(lease_until=now + lease_seconds))
+            session.merge(Place(id=place, bases=sorted(bases), lease_until=now + lease_seconds))
+            for kind, ends_at in ((Place, Place.lease_until), (RoomThere, RoomThere.until)):
+                session.execute(delete(kind).where(ends_at < now))
+
+    def note_room(self, place: str, base: HeldBase, room: Room, need_bytes: int) -> None:
+        with self._database.writing() as session:
+            now = self._database.now(session)
+            sizes = {"base_bytes": room.base, "free_bytes": room.free, "total_bytes": room.total}
+            session.merge(RoomThere(place=place, held_base=base, **sizes, until=now + ROOM_SECONDS))
+            session.flush()
+            say_base_waits(session, base, now)
+            if room.base + need_bytes > room.free:
+                is_waiting = (Job.status.in_(CLAIMABLE), Job.holder.is_(None), Job.need_bytes.is_not(None))
+                for job in session.scalars(select(Job).where(Job.held_base == base, *is_waiting)).all():
+                    say_job_waits(session, job, room.free - room.base, now)
+
+    def heartbeat(self, worker: str, lease_seconds: float, free_bytes: int | None = None) -> dict[str, Wish]:
+        with self._database.writing() as session:
+            now = self._database.now(session)
+            values: dict[str, Any] = {"lease_until": now + lease_seconds}
+            if free_bytes is not None:
+                values["free_bytes"] = free_bytes
+            session.execute(update(Worker).where(Worker.id == worker).values(**values))
             held = session.scalars(locking(select(Job).where(Job.holder == worker).order_by(Job.seq))).all()
             for job in held:
                 job.lease_until = now + lease_seconds
@@ -83,21 +117,9 @@ class StoredWork:
             if row is not None:
                 session.delete(row)
 
-    def wanted_bases(self) -> list[HeldBase]:
+    def wanted_bases(self) -> list[WantedBase]:
         with self._database.reading() as session:
-            now = self._database.now(session)
-            held = {worker.held_base for worker in live_workers(session, None, now)}
-            wanted = {
-                row.held_base: row.wanted_at for row in session.scalars(select(Demand).order_by(Demand.wanted_at))
-            }
-            asked = {base: at for base, at in wanted.items() if at > now - DEMAND_SECONDS}
-            is_free = or_(Job.holder.is_(None), Job.lease_until < now)
-            columns = (Job.base, Job.quantization, Job.weights)
-            waiting = select(*columns, func.min(Job.created_at)).where(Job.status.in_(CLAIMABLE), is_free)
-            for *key, at in session.execute(waiting.group_by(*columns)):
-                base = HeldBase(*key)
-                asked[base] = min(float(at), asked.get(base, float(at)))
-        return sorted((base for base in asked if base not in held), key=lambda base: asked[base])
+            return wanted_bases(session, self._database.now(session))
 
     # -- jobs
 
@@ -109,7 +131,7 @@ class StoredWork:
                 Worker,
                 and_(Worker.base == Job.base, Worker.quantization == Job.quantization, Worker.weights == Job.weights),
             )
-            waiting = waiting.where(Worker.id == worker, Job.status.in_(CLAIMABLE), is_free)
+            waiting = waiting.where(Worker.id == worker, Job.status.in_(CLAIMABLE), is_free, has_memory())
             return session.scalar(waiting.limit(1)) is not None
 
     def claim(self, worker: str, max_jobs: int, lease_seconds: float) -> list[ClaimedJob]:
@@ -122,6 +144,8 @@ class StoredWork:
                 return []
             is_free = _is_free(now, worker)
             waiting = select(Job).where(Job.held_base == card.held_base, Job.status.in_(CLAIMABLE), is_free)
+            if card.free_bytes is not None:
+                waiting = waiting.where(or_(Job.need_bytes.is_(None), Job.need_bytes <= card.free_bytes))
             jobs = list(session.scalars(locking(waiting.order_by(Job.seq), skip_locked=True)))
             if not jobs:
                 return []
@@ -309,6 +333,23 @@ class StoredWork:
             job = self._held(session, claim)
             _end(session, job, "failed", {"code": code, "message": message, "param": param})
 
+    def decline(self, claim: Claim, need_bytes: int, free_bytes: int) -> None:
+        with self._database.writing() as session:
+            # The worker first, as in its heartbeat, which may be on its way.
+            worker = session.scalar(locking(select(Worker).where(Worker.id == claim.worker)))
+            job = self._held(session, claim)
+            job.need_bytes = need_bytes
+            if worker is not None:
+                worker.free_bytes = min(free_bytes, need_bytes - 1)  # it is not offered the job again at once
+            session.flush()
+            now = self._database.now(session)
+            if job.status not in CLAIMABLE or may_fit(session, job, now):
+                _let_go(job)
+                say_job_waits(session, job, free_bytes, now)
+            else:
+                error = {"code": "out_of_memory", "message": nowhere(session, job, now), "param": None}
+                _end(session, job, "failed", error)
+
     def release(self, claim: Claim, *, is_loss: bool = False) -> None:
         with self._database.writing() as session:
             job = self._held(session, claim)
@@ -406,11 +447,3 @@ def _result_table(session: Session, job: str) -> bytes:
         names = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
         writer.writerow([event.data.get(name, "") for name in names])
     return text.getvalue().encode()
-
-
-def live_workers(session: Session, base: HeldBase | None, now: float) -> list[Worker]:
-    """Workers whose lease has not run out: those that hold this, or all."""
-    query = select(Worker).where(Worker.lease_until > now)
-    if base is not None:
-        query = query.where(Worker.held_base == base)
-    return list(session.scalars(query.order_by(func.length(Worker.id), Worker.id)))

@@ -14,9 +14,9 @@ import httpx
 from starlette.concurrency import run_in_threadpool
 
 from luthier.registry.jobs import want_base
+from luthier.registry.placement import live_workers, why_not_held
 from luthier.registry.problems import InvalidRequestError, MissingError, QuotaError, RefusedError, UnavailableError
 from luthier.registry.seam import Predictions, PredictRequest, SampleEvent, SampleRequest
-from luthier.registry.work import live_workers
 from luthier.store.database import Database
 from luthier.store.held_base import HeldBase
 from luthier.store.tables import Worker
@@ -100,12 +100,19 @@ class Dispatcher:
                 return sorted(found, key=lambda w: hashlib.sha256(f"{w.id}{adapter}".encode()).digest())
             is_noted = True
             if time.monotonic() >= deadline:
+                why = await run_in_threadpool(self._why_not, base)
                 raise UnavailableError(
-                    f"No worker holds {base} yet; one has been asked for. Try again soon.",
+                    f"No worker holds {base} yet: {why}."
+                    if why
+                    else f"No worker holds {base} yet; one has been asked for. Try again soon.",
                     code="base_not_loaded",
                     retry_after_seconds=10,
                 )
             await asyncio.sleep(_POLL_SECONDS)
+
+    def _why_not(self, base: HeldBase) -> str:
+        with self._database.reading() as session:
+            return why_not_held(session, base, self._database.now(session))
 
     def _look_up(self, base: HeldBase, is_noted: bool) -> list[Worker]:
         with self._database.reading() as session:

@@ -112,7 +112,8 @@ class Job(Table):
 
     `holder`, `epoch` and `lease_until` are the lease. `status` is what the owner sees; the holder reads it as a wish.
     `base`, `quantization` and `weights` are what a worker must hold to take it. `pace_step` and `pace_at` are its first
-    step since it was taken up last, and `stepped_at` when it did `step`.
+    step since it was taken up last, and `stepped_at` when it did `step`. `need_bytes` is what it takes beyond its base,
+    as a worker predicted that had not so much; None until then.
     """
 
     __tablename__ = "jobs"
@@ -154,6 +155,7 @@ class Job(Table):
     result_file: Mapped[str | None] = mapped_column(String(64))
     error: Mapped[dict[str, Any] | None]
     num_losses: Mapped[int] = mapped_column(default=0)
+    need_bytes: Mapped[int | None]
     best_step: Mapped[int] = mapped_column(default=0)
     holder: Mapped[str | None] = mapped_column(String(64))
     epoch: Mapped[int] = mapped_column(default=0)
@@ -262,7 +264,11 @@ class Price(Table):
 
 
 class Worker(Table):
-    """A live worker process and the base that it holds."""
+    """A live worker process and the base that it holds.
+
+    `free_bytes` is what it can give a job now, and `total_bytes` the most that it ever could; None where it has not
+    told. `place` is the supervisor that started it.
+    """
 
     __tablename__ = "workers"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -274,6 +280,33 @@ class Worker(Table):
     secret: Mapped[str] = mapped_column(String(64))
     started_at: Mapped[int]
     lease_until: Mapped[float]
+    place: Mapped[str | None] = mapped_column(String(64))
+    free_bytes: Mapped[int | None]
+    total_bytes: Mapped[int | None]
+
+
+class Place(Table):
+    """A supervisor that starts workers of these bases on its machine."""
+
+    __tablename__ = "places"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    bases: Mapped[list[Any]]
+    lease_until: Mapped[float]
+
+
+class RoomThere(Table):
+    """What a place found when it looked whether a base fits there; forgotten after `until`."""
+
+    __tablename__ = "rooms"
+    place: Mapped[str] = mapped_column(String(64), primary_key=True)
+    base: Mapped[str] = mapped_column(String(255), primary_key=True)
+    quantization: Mapped[str] = mapped_column(String(16), primary_key=True)
+    weights: Mapped[str] = mapped_column(String(255), primary_key=True)
+    held_base: Mapped[HeldBase] = composite("base", "quantization", "weights")
+    base_bytes: Mapped[int]
+    free_bytes: Mapped[int]
+    total_bytes: Mapped[int]
+    until: Mapped[float]
 
 
 class Demand(Table):

@@ -91,7 +91,7 @@ def _foresee(
     if owns_weights:
         costs = _with_vocabulary(costs, spec, shape, width)  # type: ignore[arg-type]
     num_trained = costs.adapters // width
-    held = _held(placement, shape, num_trained if owns_weights else 0)
+    held = held_by(placement, shape, num_trained if owns_weights else 0)
     plan = plan_of(held, [costs], tokens, available=0)
     left = capacity - plan.process - plan.base - plan.adapters
     return Foresight(replace(plan, available=left), num_trained, recomputes, owns_weights)
@@ -188,7 +188,7 @@ def _trained_matrices(spec: ExclusiveSpec, shape: Outline) -> int:
     return int(is_untied_output) if spec.method == "last_layers" else 0
 
 
-def _held(placement: Placement, shape: Outline, num_own: int) -> Held:
+def held_by(placement: Placement, shape: Outline, num_own: int = 0) -> Held:
     """The base as it is held, without those of its `num_own` weights that train in place."""
     itemsize = torch_dtype(placement.dtype).itemsize
     in_place = num_own if itemsize >= 4 else 0  # narrower weights have masters beside them

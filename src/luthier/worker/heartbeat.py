@@ -21,6 +21,7 @@ class Heartbeat:
     Args:
         worker: The worker's id.
         room: How many more jobs it may take now.
+        free_bytes: How much memory they may take.
         on_wish: Told what is asked of a job that it holds.
         on_claimed: Given each job that was claimed.
         tenants: Whose things the worker has.
@@ -35,6 +36,7 @@ class Heartbeat:
         lease_seconds: float,
         *,
         room: Callable[[], int],
+        free_bytes: Callable[[], int],
         on_wish: Callable[[str, Wish], None],
         on_claimed: Callable[[ClaimedJob], None],
         tenants: Callable[[], set[str]],
@@ -45,6 +47,7 @@ class Heartbeat:
         self._worker = worker
         self._lease_seconds = lease_seconds
         self._room = room
+        self._free_bytes = free_bytes
         self._on_wish = on_wish
         self._on_claimed = on_claimed
         self._tenants = tenants
@@ -64,7 +67,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         if time.monotonic() >= self._next_at:
-            for job, wish in self._record.heartbeat(self._worker, self._lease_seconds).items():
+            wishes = self._record.heartbeat(self._worker, self._lease_seconds, self._free_bytes())
+            for job, wish in wishes.items():
                 self._on_wish(job, wish)
             for tenant in self._record.erased(self._tenants()):
                 self._on_erased(tenant)

@@ -52,6 +52,9 @@ class JobRecord:
 
         self._recorder.put(claim.job, record)
 
+    def decline(self, claim: Claim, need_bytes: int, free_bytes: int) -> None:
+        self._recorder.put(claim.job, lambda: self._record.decline(claim, need_bytes, free_bytes))
+
     def finish(self, claim: Claim, files: SavedFiles, result: JobResult) -> None:
         def record() -> None:
             sha256, num_bytes = files.put(self._blobs)

@@ -68,8 +68,9 @@ class ResidentJobs:
         claim, slots_before = run.claimed.claim, set(self._base.bank.slots)
         try:
             run.admit(self._base, self._options.step_tokens, self._breathe)
-            if not self._fits(run):
-                self._turn_away(run)
+            need, free = self._need_and_free(run)
+            if need > free:
+                self._turn_away(run, need, free)
                 return
             run.run.plan_judging()
             self._record.begin(claim, run.job.total_steps, run.num_rows, run.num_tokens)
@@ -82,9 +83,12 @@ class ResidentJobs:
         self._runs[run.id] = run
         self._engine.add(run.job, run.claimed.tenant, run.claimed.weight)
 
-    def _fits(self, run: RecordedRun) -> bool:
-        """Whether there is memory for one more job. What others have taken is measured as taken; those that have not
-        stepped yet have still to take their gradients and moments."""
+    def _need_and_free(self, run: RecordedRun) -> tuple[int, int]:
+        """Bytes that one more job takes beyond the base, and those that are free for it.
+
+        What others have taken is measured as taken; those that have not stepped yet have still to take their gradients
+        and moments. The job's own adapter is there already.
+        """
         plan = plan_memory(self._base, [run.job], self._options.step_tokens)
         own = sum(parameter.numel() for parameter in run.slot.parameters().values())
         share = (plan.gradients + plan.optimizer) / max(1, own)
@@ -94,19 +98,17 @@ class ResidentJobs:
             if job.step == 0
             for parameter in job.slot.parameters().values()
         )
-        return plan.needed + int(share * waiting) <= plan.available - self._reserved_bytes()
+        free = plan.available + plan.adapters - int(share * waiting) - self._reserved_bytes()
+        return plan.needed + plan.adapters, free
 
-    def _turn_away(self, run: RecordedRun) -> None:
-        """There is no memory for this job now: others finish first, or it never fits."""
+    def _turn_away(self, run: RecordedRun, need_bytes: int, free_bytes: int) -> None:
+        """There is no memory for this job now: others finish first, or another worker has it, or it never fits."""
         self._base.bank.remove(run.slot)
         claim = run.claimed.claim
         run.drop()
         if self._runs:
             self._max = len(self._runs)
-            self._record.release(claim)
-        else:
-            message = "The job does not fit into the worker's memory; lower method.rank or train.max_length."
-            self._record.fail(claim, "out_of_memory", message)
+        self._record.decline(claim, need_bytes, max(0, free_bytes))
 
     # -- jobs step
 

@@ -31,6 +31,7 @@ from luthier.worker.replies import Replies
 from luthier.worker.reply_desk import Answering, ReplyDesk
 from luthier.worker.resident import load_resident
 from luthier.worker.resident_jobs import ResidentJobs
+from luthier.worker.room import check_room, most_for_jobs, room_for
 from luthier.worker.worker_options import WorkerOptions
 
 __all__ = ["ServiceWorker", "WorkerOptions", "run_worker"]
@@ -64,18 +65,29 @@ class ServiceWorker:
     # -- life
 
     def run(self) -> None:
-        """Load the base, and work until told to stop."""
-        self._load()
+        """Load the base, and work until told to stop.
+
+        Raises:
+            MemoryShortError: where there is too little memory for the base.
+        """
         options = self._options
+        room = room_for(options)
+        if options.place is not None:
+            self._record.note_room(options.place, options.held_base, room, options.need_bytes)
+        check_room(room, options)
+        self._load()
         secret = secrets.token_hex(24)
         endpoint = Endpoint(self._desk, secret, options.host, options.port)
         address = options.address or f"http://{options.host}:{endpoint.port}"
-        self._record.register(WorkerCard(self._id, options.held_base, address, secret), options.lease_seconds)
+        free = self._free_bytes()
+        card = WorkerCard(self._id, options.held_base, address, secret, options.place, free, most_for_jobs(room, free))
+        self._record.register(card, options.lease_seconds)
         Heartbeat(
             self._record,
             self._id,
             options.lease_seconds,
             room=self._room,
+            free_bytes=self._free_bytes,
             on_wish=self._on_wish,
             on_claimed=self._on_claimed,
             tenants=self._tenants,
@@ -183,6 +195,10 @@ class ServiceWorker:
         if self._is_stopping.is_set():
             return 0
         return self._jobs.room - len(self._children) - len(self._preparing)
+
+    def _free_bytes(self) -> int:
+        """What a job that came now could take. In any thread."""
+        return max(0, available_bytes(self._resident.base.device) - self._children.bytes_to_come)
 
     def _on_claimed(self, claimed: ClaimedJob) -> None:
         self._preparing.add(claimed.claim.job)

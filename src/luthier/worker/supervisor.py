@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-import psutil
-
-from luthier.base.catalogue import find
-from luthier.base.folder import weight_files
-from luthier.errors import ModelError
-from luthier.registry.seam import WorkRecord
+from luthier.errors import LuthierError
+from luthier.registry.seam import WantedBase, WorkRecord
 from luthier.store.held_base import HeldBase
 
 logger = logging.getLogger("luthier.worker")
@@ -23,14 +19,14 @@ logger = logging.getLogger("luthier.worker")
 POLL_SECONDS = 0.5
 STOP_SECONDS = 75.0
 MAX_WAIT_SECONDS = 60.0
-MEMORY_PER_WEIGHT_BYTE = 1.3
-"""A loaded base takes its weights and some room to work."""
-NF4_SHARE = 0.4
-"""Of the bytes in float32, what a base in NF4 takes: its embeddings stay as they are."""
+LEASE_SECONDS = 20.0
+"""How long a supervisor counts as there after it was heard of last."""
 
 
 class Supervisor:
     """Watches what is wanted, and keeps a process for it on this machine as long as it is.
+
+    Whether a base fits here the process itself finds out, which knows the device; it ends where there is no memory.
 
     Args:
         record: Where it is found what is wanted.
@@ -46,6 +42,8 @@ class Supervisor:
         self._not_before: dict[HeldBase, float] = {}
         self._num_failures: dict[HeldBase, int] = {}
         self._is_stopping = threading.Event()
+        self._id = f"place_{secrets.token_hex(12)}"
+        self._attend_at = 0.0
 
     def run(self) -> None:
         """Watch until `stop`; then let every worker save its jobs and end."""
@@ -63,10 +61,15 @@ class Supervisor:
 
     def _look(self) -> None:
         self._bury()
-        for base in self._record.wanted_bases():
-            is_due = time.monotonic() >= self._not_before.get(base, 0.0)
-            if base.name in self._sources and base not in self._processes and is_due and self._has_room(base):
-                self._processes[base] = self._start(base)
+        now = time.monotonic()
+        if now >= self._attend_at:
+            self._record.attend(self._id, self._sources, LEASE_SECONDS)
+            self._attend_at = now + LEASE_SECONDS / 4
+        for wanted in self._record.wanted_bases():
+            base = wanted.base
+            is_due = now >= self._not_before.get(base, 0.0)
+            if base.name in self._sources and base not in self._processes and is_due:
+                self._processes[base] = self._start(wanted)
 
     def _bury(self) -> None:
         """Forget workers that have ended; one that failed waits longer each time before it is started again."""
@@ -77,27 +80,20 @@ class Supervisor:
             failed = process.returncode != 0
             self._num_failures[base] = self._num_failures.get(base, 0) + 1 if failed else 0
             if failed:
-                wait = min(MAX_WAIT_SECONDS, 2.0 ** self._num_failures[base] / 2)
+                was_refused = process.returncode == LuthierError.exit_code  # it has said why: mostly, too little memory
+                wait = MAX_WAIT_SECONDS if was_refused else min(MAX_WAIT_SECONDS, 2.0 ** self._num_failures[base] / 2)
                 self._not_before[base] = time.monotonic() + wait
-                logger.warning(
-                    "a worker died", extra={"base": str(base), "code": process.returncode, "wait_seconds": wait}
-                )
+                told = {"base": str(base), "code": process.returncode, "wait_seconds": wait}
+                logger.warning("a worker could not start" if was_refused else "a worker died", extra=told)
 
-    def _has_room(self, base: HeldBase) -> bool:
-        num_bytes = _float32_bytes(self._sources[base.name])
-        needed = num_bytes * MEMORY_PER_WEIGHT_BYTE * (NF4_SHARE if base.quantization else 1.0)
-        if psutil.virtual_memory().available >= needed:
-            return True
-        self._not_before[base] = time.monotonic() + MAX_WAIT_SECONDS
-        logger.warning("too little memory for a base", extra={"base": str(base), "needed_bytes": int(needed)})
-        return False
-
-    def _start(self, base: HeldBase) -> subprocess.Popen[bytes]:
+    def _start(self, wanted: WantedBase) -> subprocess.Popen[bytes]:
+        base = wanted.base
         source = self._sources[base.name]
         named = base.name if source == base.name else f"{base.name}={source}"
         command = [sys.executable, "-m", "luthier.cli.main", "worker", "--base", named, *self._arguments]
         command += ["--quantization", base.quantization] if base.quantization else []
         command += ["--weights", base.weights] if base.weights else []
+        command += ["--place", self._id, "--need", str(wanted.need_bytes)]
         logger.info("starting a worker", extra={"base": str(base)})
         # In a group of its own, so that a Ctrl-C in the terminal reaches it once, through us.
         return subprocess.Popen(command, start_new_session=True)
@@ -111,14 +107,3 @@ class Supervisor:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _float32_bytes(source: str) -> int:
-    """What a base takes in float32; 0 where it is not known before it is fetched."""
-    entry = find(source)
-    if entry is not None:
-        return entry.float32_bytes
-    try:
-        return sum(path.stat().st_size for path in weight_files(Path(source)))
-    except (ModelError, OSError):
-        return 0

@@ -23,6 +23,8 @@ class WorkerOptions:
         idle_seconds: End after this long without a job or request; None never does.
         host, port, address: Where the endpoint listens, and the address that others reach it by.
         threads: CPU threads; None takes all cores.
+        place: The supervisor that started it, or None.
+        need_bytes: What must be free beyond the base; 0 where nobody in particular waits.
     """
 
     base: str
@@ -39,6 +41,8 @@ class WorkerOptions:
     port: int = 0
     address: str | None = None
     threads: int | None = None
+    place: str | None = None
+    need_bytes: int = 0
 
     @property
     def held_base(self) -> HeldBase:

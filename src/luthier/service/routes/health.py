@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from luthier.registry.work import live_workers
+from luthier.registry.placement import live_workers
 from luthier.service.auth import ContextDep
 
 router = APIRouter(tags=["operations"])
