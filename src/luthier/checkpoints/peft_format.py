@@ -11,7 +11,8 @@ A language-modelling adapter loads with `PeftModel.from_pretrained(model, folder
       config = AutoConfig.from_pretrained(folder, subfolder="classifier")
       model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
 
-  gives equal logits; so does `PeftModel.from_pretrained(base, folder)` over a base that was loaded with that config.
+  gives equal logits from transformers 5.18 on (5.17 leaves an adapter's head unread, and says so); so does
+  `PeftModel.from_pretrained(base, folder)` over a base that was loaded with that config, in every version.
   transformers pools at the last token that is not the padding token; a text never ends in it, so that is the text's
   last token, alone or in a right-padded batch. A token head loads likewise, with `AutoModelForTokenClassification`.
   A head of any number of labels is a sequence head whose config has `problem_type: multi_label_classification` and,
