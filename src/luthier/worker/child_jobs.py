@@ -73,6 +73,7 @@ class ChildJobs:
         score_tokens, threads: As the child takes them.
         free_bytes: How much memory is free now.
         is_alone: Whether nothing else trains here: then the first that waits starts, and measures for itself.
+        on_gpu: Whether the memory is a GPU's.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class ChildJobs:
         *,
         free_bytes: Callable[[], int],
         is_alone: Callable[[], bool],
+        on_gpu: bool = False,
     ) -> None:
         self._record = record
         self._base_folder = base_folder
@@ -91,6 +93,7 @@ class ChildJobs:
         self._threads = threads
         self._free_bytes = free_bytes
         self._is_alone = is_alone
+        self._on_gpu = on_gpu
         self._waiting: deque[ChildJob] = deque()
         self._running: dict[str, ChildJob] = {}
 
@@ -166,7 +169,7 @@ class ChildJobs:
                 return
             self._waiting.popleft()
             order = Order(job.files, self._base_folder, self._score_tokens, self._threads)
-            job.process = ChildProcess.spawn(MODULE, order.to_dict(), job.need_bytes)
+            job.process = ChildProcess.spawn(MODULE, order.to_dict(), job.need_bytes, on_gpu=self._on_gpu)
             self._running[job.id] = job
 
     def _take(self, job: ChildJob, message: dict[str, Any]) -> None:
@@ -174,6 +177,8 @@ class ChildJobs:
             case "begin":
                 self._record.begin(job.claim, message["total_steps"], message["num_rows"], message["num_tokens"])
             case "step":
+                assert job.process is not None
+                job.process.has_stepped = True
                 self._record.step(job.claim, StepRecord(**message["step"]))
             case "checkpoint":
                 files, checkpoint = SavedFiles.from_dict(message["files"]), CheckpointRecord(**message["checkpoint"])
