@@ -35,6 +35,7 @@ class ChildJob:
         need_bytes: Predicted memory.
         ending: How it ended, once it has said so.
         is_stopping: Whether it was asked to save and end.
+        was_told: Whether its owner knows that it waits.
     """
 
     files: JobFiles
@@ -42,6 +43,7 @@ class ChildJob:
     process: ChildProcess | None = None
     ending: dict[str, Any] = field(default_factory=dict)
     is_stopping: bool = False
+    was_told: bool = False
 
     @classmethod
     def prepare(cls, files: JobFiles) -> ChildJob:
@@ -165,7 +167,11 @@ class ChildJobs:
         while self._waiting:
             job = self._waiting[0]
             is_alone = self._is_alone() and not self._running
-            if not is_alone and job.need_bytes > self._free_bytes() - self.bytes_to_come:
+            free = self._free_bytes() - self.bytes_to_come
+            if not is_alone and job.need_bytes > free:
+                if not job.was_told:
+                    job.was_told = True
+                    self._record.wait_for_memory(job.claim, job.need_bytes, free)
                 return
             self._waiting.popleft()
             order = Order(job.files, self._base_folder, self._score_tokens, self._threads)
