@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from luthier.worker.child_process import ChildProcess
+
 CHILD = """
 import sys, time
 from luthier.errors import RunError
@@ -34,3 +36,23 @@ def test_a_child_ends_by_itself_while_its_input_is_open(fails: str) -> None:
         assert child.wait(60) == 0
         assert child.stderr.read() == b""
         assert len(child.stdout.read().splitlines()) == (2 if fails == "true" else 1)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_a_child_is_still_to_take(on_gpu: bool) -> None:
+    """On a GPU all of its need until it has stepped: its resident pages say nothing of what it holds there."""
+    need = 2**40
+    child = ChildProcess.spawn("luthier.worker.child", {"recipe": "none.yaml", "resume": False}, need, on_gpu=on_gpu)
+    try:
+        before = child.bytes_to_come
+        child.has_stepped = True
+        after = child.bytes_to_come
+    finally:
+        child.kill()
+        child.close()
+    if on_gpu:
+        assert (before, after) == (need, 0)
+    else:
+        assert 0 < after < need
+        assert 0 < before < need
+    assert child.bytes_to_come == 0, "it is gone"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.base.load import load_base
-from luthier.engine.memory import MARGIN
+from luthier.engine.memory import MARGIN, available_bytes, available_to_others
 from luthier.errors import MemoryShortError
 from luthier.registry.seam import Room
 from luthier.worker.plan import CONTEXT_BYTES
@@ -43,6 +43,12 @@ def test_on_a_gpu_its_own_memory_counts_and_its_own_dtype(tiny_llama: Path, monk
     fake_gpu(monkeypatch)
     room = room_for(options(tiny_llama))
     assert room == Room(base=weights + CONTEXT_BYTES, free=22 * GIB, total=24 * GIB)
+
+
+def test_another_process_may_not_have_what_this_one_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch)
+    device = torch.device("cuda")
+    assert (available_bytes(device), available_to_others(device)) == (22 * GIB, 20 * GIB)
 
 
 def test_in_four_bits_a_base_takes_less(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,9 @@ def create_job(
             "a training file",
             "name its data file, and give its fields with --spec; or leave --server out",
         )
-    body: dict[str, Any] = {"model": model or DEFAULT_BASE, "training_file": _file_id(server, file), "luthier": own}
+    body: dict[str, Any] = {"model": model or DEFAULT_BASE, "training_file": _file_id(server, file)}
+    if own:
+        body["luthier"] = own
     if validation:
         body["validation_file"] = _file_id(server, validation)
     body |= {name: value for name, value in (("suffix", suffix), ("seed", seed)) if value is not None}

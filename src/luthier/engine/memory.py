@@ -229,6 +229,13 @@ def available_bytes(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, _cgroup_room())
 
 
+def available_to_others(device: torch.device) -> int:
+    """Bytes that another process may take on `device`: of a GPU, not what this one keeps for itself."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes(device)
+
+
 def total_bytes(device: torch.device) -> int:
     """Bytes that `device` has in all, whoever holds them; of a container, what it may take."""
     if device.type == "cuda":

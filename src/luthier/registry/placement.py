@@ -1,14 +1,15 @@
-"""Where bases and jobs go, by memory: who is asked to hold what, which job fits where, what is said where none does."""
+"""Where bases and jobs go: who is asked to hold what, which jobs a worker takes, what is said where memory is short."""
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from luthier.registry.events import add_event
 from luthier.registry.seam import WantedBase
+from luthier.registry.tenants import num_running, trained_tokens_today
 from luthier.store.held_base import HeldBase
-from luthier.store.tables import Demand, Job, Place, RoomThere, Worker
+from luthier.store.tables import Demand, Job, Place, RoomThere, Tenant, Worker
 
 CLAIMABLE = ("validating_files", "queued", "running")
 DEMAND_SECONDS = 120.0
@@ -30,6 +31,34 @@ def has_memory() -> ColumnElement[bool]:
     return or_(Job.need_bytes.is_(None), Worker.free_bytes.is_(None), Job.need_bytes <= Worker.free_bytes)
 
 
+def is_free(now: float, worker: str) -> ColumnElement[bool]:
+    """Held by nobody, or by another that is dead. What a worker holds it never claims again, however late it is."""
+    return or_(Job.holder.is_(None), and_(Job.lease_until < now, Job.holder != worker))
+
+
+def choose_jobs(session: Session, jobs: list[Job], tenants: dict[str, Tenant], max_jobs: int) -> list[Job]:
+    """Which of the waiting jobs to take: of the tenant with the fewest running per weight first."""
+    running = {tenant: num_running(session, tenant) for tenant in {job.tenant for job in jobs}}
+    for job in jobs:
+        if job.holder is not None:
+            running[job.tenant] -= 1  # its holder is dead
+    is_over = {
+        tenant: (quota := tenants[tenant].max_trained_tokens_per_day) is not None
+        and trained_tokens_today(session, tenant) >= quota
+        for tenant in running
+    }
+    chosen: list[Job] = []
+    left = [job for job in jobs if not is_over[job.tenant]]
+    while left and len(chosen) < max_jobs:
+        job = min(left, key=lambda job: (running[job.tenant] / tenants[job.tenant].weight, job.seq))
+        left.remove(job)
+        most = tenants[job.tenant].max_running_jobs
+        if most is None or running[job.tenant] < most:
+            chosen.append(job)
+            running[job.tenant] += 1
+    return chosen
+
+
 def wanted_bases(session: Session, now: float) -> list[WantedBase]:
     """What somebody waits for and nobody has who could help, the longest waiting first."""
     largest: dict[HeldBase, float] = {}
@@ -45,9 +74,9 @@ def wanted_bases(session: Session, now: float) -> list[WantedBase]:
     for row in session.scalars(select(Demand)):
         if row.wanted_at > now - DEMAND_SECONDS and row.held_base not in largest:
             add(row.held_base, row.wanted_at, 0)
-    is_free = or_(Job.holder.is_(None), Job.lease_until < now)
+    is_unheld = or_(Job.holder.is_(None), Job.lease_until < now)
     columns = (Job.base, Job.quantization, Job.weights, Job.need_bytes)
-    waiting = select(*columns, func.min(Job.created_at)).where(Job.status.in_(CLAIMABLE), is_free)
+    waiting = select(*columns, func.min(Job.created_at)).where(Job.status.in_(CLAIMABLE), is_unheld)
     for name, quantization, weights, need, at in session.execute(waiting.group_by(*columns)):
         base = HeldBase(name, quantization, weights)
         if base not in largest or (need or 0) > largest[base]:

@@ -7,14 +7,16 @@ import io
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, or_, select, update
+from sqlalchemy import and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from luthier.registry.events import add_event, announce_end
 from luthier.registry.placement import (
     CLAIMABLE,
     ROOM_SECONDS,
+    choose_jobs,
     has_memory,
+    is_free,
     may_fit,
     nowhere,
     say_base_waits,
@@ -34,7 +36,7 @@ from luthier.registry.seam import (
     Wish,
     WorkerCard,
 )
-from luthier.registry.tenants import num_running, trained_tokens_today
+from luthier.registry.tenants import trained_tokens_today
 from luthier.registry.usage import add_usage, job_cost
 from luthier.store.blobs import Blobs
 from luthier.store.database import Database, locking, new_id, now_seconds
@@ -126,12 +128,12 @@ class StoredWork:
     def _has_waiting(self, worker: str) -> bool:
         with self._database.reading() as session:
             now = self._database.now(session)
-            is_free = _is_free(now, worker)
+            free = is_free(now, worker)
             waiting = select(Job.id).join(
                 Worker,
                 and_(Worker.base == Job.base, Worker.quantization == Job.quantization, Worker.weights == Job.weights),
             )
-            waiting = waiting.where(Worker.id == worker, Job.status.in_(CLAIMABLE), is_free, has_memory())
+            waiting = waiting.where(Worker.id == worker, Job.status.in_(CLAIMABLE), free, has_memory())
             return session.scalar(waiting.limit(1)) is not None
 
     def claim(self, worker: str, max_jobs: int, lease_seconds: float) -> list[ClaimedJob]:
@@ -142,15 +144,15 @@ class StoredWork:
             card = session.get(Worker, worker)
             if card is None:
                 return []
-            is_free = _is_free(now, worker)
-            waiting = select(Job).where(Job.held_base == card.held_base, Job.status.in_(CLAIMABLE), is_free)
+            free = is_free(now, worker)
+            waiting = select(Job).where(Job.held_base == card.held_base, Job.status.in_(CLAIMABLE), free)
             if card.free_bytes is not None:
                 waiting = waiting.where(or_(Job.need_bytes.is_(None), Job.need_bytes <= card.free_bytes))
             jobs = list(session.scalars(locking(waiting.order_by(Job.seq), skip_locked=True)))
             if not jobs:
                 return []
             tenants = {row.id: row for row in session.scalars(select(Tenant))}
-            chosen = _choose(session, jobs, tenants, max_jobs)
+            chosen = choose_jobs(session, jobs, tenants, max_jobs)
             return [
                 claimed for job in chosen if (claimed := self._take(session, job, tenants, worker, now, lease_seconds))
             ]
@@ -362,34 +364,6 @@ class StoredWork:
         if job is None or job.holder != claim.worker or job.epoch != claim.epoch:
             raise LeaseLostError(f"the job {claim.job} is no longer {claim.worker}'s")
         return job
-
-
-def _is_free(now: float, worker: str) -> ColumnElement[bool]:
-    """Held by nobody, or by another that is dead. What a worker holds it never claims again, however late it is."""
-    return or_(Job.holder.is_(None), and_(Job.lease_until < now, Job.holder != worker))
-
-
-def _choose(session: Session, jobs: list[Job], tenants: dict[str, Tenant], max_jobs: int) -> list[Job]:
-    """Which of the waiting jobs to take: of the tenant with the fewest running per weight first."""
-    running = {tenant: num_running(session, tenant) for tenant in {job.tenant for job in jobs}}
-    for job in jobs:
-        if job.holder is not None:
-            running[job.tenant] -= 1  # its holder is dead
-    is_over = {
-        tenant: (quota := tenants[tenant].max_trained_tokens_per_day) is not None
-        and trained_tokens_today(session, tenant) >= quota
-        for tenant in running
-    }
-    chosen: list[Job] = []
-    left = [job for job in jobs if not is_over[job.tenant]]
-    while left and len(chosen) < max_jobs:
-        job = min(left, key=lambda job: (running[job.tenant] / tenants[job.tenant].weight, job.seq))
-        left.remove(job)
-        most = tenants[job.tenant].max_running_jobs
-        if most is None or running[job.tenant] < most:
-            chosen.append(job)
-            running[job.tenant] += 1
-    return chosen
 
 
 def _wish(job: Job) -> Wish | None:

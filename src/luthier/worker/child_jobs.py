@@ -35,6 +35,7 @@ class ChildJob:
         need_bytes: Predicted memory.
         ending: How it ended, once it has said so.
         is_stopping: Whether it was asked to save and end.
+        was_told: Whether its owner knows that it waits.
     """
 
     files: JobFiles
@@ -42,6 +43,7 @@ class ChildJob:
     process: ChildProcess | None = None
     ending: dict[str, Any] = field(default_factory=dict)
     is_stopping: bool = False
+    was_told: bool = False
 
     @classmethod
     def prepare(cls, files: JobFiles) -> ChildJob:
@@ -73,6 +75,7 @@ class ChildJobs:
         score_tokens, threads: As the child takes them.
         free_bytes: How much memory is free now.
         is_alone: Whether nothing else trains here: then the first that waits starts, and measures for itself.
+        on_gpu: Whether the memory is a GPU's.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class ChildJobs:
         *,
         free_bytes: Callable[[], int],
         is_alone: Callable[[], bool],
+        on_gpu: bool = False,
     ) -> None:
         self._record = record
         self._base_folder = base_folder
@@ -91,6 +95,7 @@ class ChildJobs:
         self._threads = threads
         self._free_bytes = free_bytes
         self._is_alone = is_alone
+        self._on_gpu = on_gpu
         self._waiting: deque[ChildJob] = deque()
         self._running: dict[str, ChildJob] = {}
 
@@ -162,11 +167,15 @@ class ChildJobs:
         while self._waiting:
             job = self._waiting[0]
             is_alone = self._is_alone() and not self._running
-            if not is_alone and job.need_bytes > self._free_bytes() - self.bytes_to_come:
+            free = self._free_bytes() - self.bytes_to_come
+            if not is_alone and job.need_bytes > free:
+                if not job.was_told:
+                    job.was_told = True
+                    self._record.wait_for_memory(job.claim, job.need_bytes, free)
                 return
             self._waiting.popleft()
             order = Order(job.files, self._base_folder, self._score_tokens, self._threads)
-            job.process = ChildProcess.spawn(MODULE, order.to_dict(), job.need_bytes)
+            job.process = ChildProcess.spawn(MODULE, order.to_dict(), job.need_bytes, on_gpu=self._on_gpu)
             self._running[job.id] = job
 
     def _take(self, job: ChildJob, message: dict[str, Any]) -> None:
@@ -174,6 +183,8 @@ class ChildJobs:
             case "begin":
                 self._record.begin(job.claim, message["total_steps"], message["num_rows"], message["num_tokens"])
             case "step":
+                assert job.process is not None
+                job.process.has_stepped = True
                 self._record.step(job.claim, StepRecord(**message["step"]))
             case "checkpoint":
                 files, checkpoint = SavedFiles.from_dict(message["files"]), CheckpointRecord(**message["checkpoint"])

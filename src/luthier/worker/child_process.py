@@ -26,19 +26,29 @@ class ChildProcess:
 
     Attributes:
         need_bytes: Predicted memory.
+        on_gpu: Whether that is a GPU's.
+        has_stepped: Whether it has done a whole step, by which it has taken all; whoever reads its messages sets it.
         inbox: Messages that it sent and nobody has read.
         last_words: The end of its standard error.
     """
 
     need_bytes: int
     process: subprocess.Popen[bytes]
+    on_gpu: bool = False
+    has_stepped: bool = False
     inbox: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
     last_words: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_LAST_WORDS))
     readers: list[threading.Thread] = field(default_factory=list)
 
     @classmethod
     def spawn(
-        cls, module: str, order: dict[str, Any], need_bytes: int, environment: Mapping[str, str] = os.environ
+        cls,
+        module: str,
+        order: dict[str, Any],
+        need_bytes: int,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        on_gpu: bool = False,
     ) -> ChildProcess:
         """Start the process and hand it its order."""
         process = subprocess.Popen(
@@ -49,7 +59,7 @@ class ChildProcess:
             env=dict(environment) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
         )
-        child = cls(need_bytes, process)
+        child = cls(need_bytes, process, on_gpu)
         child.readers = [
             threading.Thread(target=read, daemon=True) for read in (child._read_messages, child._read_words)
         ]
@@ -68,7 +78,13 @@ class ChildProcess:
 
     @property
     def bytes_to_come(self) -> int:
-        """What it is predicted to take beyond what it holds now."""
+        """What it is predicted to take beyond what it holds now.
+
+        What it holds of a GPU is not in its resident pages. Until it has stepped all of its need counts, for what is
+        there already a second time: rather too much than too little.
+        """
+        if self.on_gpu:
+            return 0 if self.has_stepped or self.process.poll() is not None else self.need_bytes
         try:
             held = psutil.Process(self.process.pid).memory_info().rss
         except psutil.Error:

@@ -37,10 +37,10 @@ class Child:
     ending: dict[str, Any] | None = None
 
     @classmethod
-    def start(cls, recipe: Recipe, need_bytes: int, *, resume: bool) -> Child:
+    def start(cls, recipe: Recipe, need_bytes: int, *, resume: bool, on_gpu: bool = False) -> Child:
         """Start the process and hand it its recipe."""
         order = {"recipe": recipe.model_dump(mode="json"), "resume": resume}
-        return cls(recipe, ChildProcess.spawn("luthier.worker.child", order, need_bytes))
+        return cls(recipe, ChildProcess.spawn("luthier.worker.child", order, need_bytes, on_gpu=on_gpu))
 
     @property
     def name(self) -> str:
@@ -54,6 +54,7 @@ class Child:
         """Pass on what it has said."""
         for message in self.running.messages():
             if message["verb"] in PROGRESS_VERBS:
+                self.running.has_stepped = self.running.has_stepped or message["verb"] == "step"
                 relay(message, progress)
             else:
                 self.ending = message
@@ -67,6 +68,7 @@ class Children:
         resume: As `train` takes it.
         progress: Hears of them all.
         way_on: What goes on with one whose process died, as a sentence's subject.
+        device: Where they train, as torch names it: whose memory it is that they take.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class Children:
         resume: bool,
         progress: Progress,
         way_on: str = "`luthier train ... --resume`",
+        device: str = "cpu",
     ) -> None:
         self.waiting = deque(waiting)
         self.resume = resume
         self.progress = progress
         self.way_on = way_on
+        self.device = device
         self.running: list[Child] = []
         self.results: dict[str, RunResult] = {}
         self.errors: list[LuthierError] = []
@@ -110,7 +114,8 @@ class Children:
                     )
                 return
             self.waiting.popleft()
-            self.running.append(Child.start(recipe, need, resume=self.resume))
+            on_gpu = self.device.startswith("cuda")
+            self.running.append(Child.start(recipe, need, resume=self.resume, on_gpu=on_gpu))
 
     def poll(self) -> None:
         """Pass on what the children say, and take in those that have ended."""

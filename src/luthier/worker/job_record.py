@@ -11,6 +11,7 @@ from pathlib import Path
 from luthier.errors import DataError, LuthierError
 from luthier.registry.seam import CheckpointRecord, Claim, JobResult, StepRecord, Wish, WorkRecord
 from luthier.store.blobs import Blobs
+from luthier.worker.progress import gib
 from luthier.worker.recorded_run import SavedFiles, public
 from luthier.worker.recorder import Recorder
 
@@ -51,6 +52,12 @@ class JobRecord:
                 self._blobs.delete(prefix)
 
         self._recorder.put(claim.job, record)
+
+    def wait_for_memory(self, claim: Claim, need_bytes: int, free_bytes: int) -> None:
+        """Tell the owner, once, that a job that is held here waits until others are done."""
+        need, free = gib(need_bytes), gib(max(0, free_bytes))
+        message = f"The job waits for memory: it needs {need} for a base of its own, and {free} are free beside others"
+        self._recorder.put(claim.job, lambda: self._record.record_event(claim, "memory:own", message, "warn"))
 
     def decline(self, claim: Claim, need_bytes: int, free_bytes: int) -> None:
         self._recorder.put(claim.job, lambda: self._record.decline(claim, need_bytes, free_bytes))

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 
-from luthier.engine.memory import available_bytes
+from luthier.engine.memory import available_bytes, available_to_others
 from luthier.registry.seam import ClaimedJob, Wish, WorkerCard, WorkRecord
 from luthier.store.blobs import Blobs
 from luthier.worker.adapters import AdapterFolders, ServedSlots, tenant_of
@@ -125,8 +125,9 @@ class ServiceWorker:
             resident.folder,
             options.step_tokens,
             options.threads,
-            free_bytes=lambda: available_bytes(base.device),
+            free_bytes=lambda: available_to_others(base.device),
             is_alone=lambda: not len(self._jobs),
+            on_gpu=base.device.type == "cuda",
         )
         self._jobs = ResidentJobs(
             base, options, self._told, self._slots, self._breathe, lambda: self._children.bytes_to_come

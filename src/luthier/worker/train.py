@@ -18,7 +18,7 @@ import torch
 from luthier.base.load import Base
 from luthier.distributed.torch_ranks import connected
 from luthier.engine.engine import Engine
-from luthier.engine.memory import available_bytes
+from luthier.engine.memory import available_to_others
 from luthier.engine.ranks import any_of, wait_for_all
 from luthier.errors import ProcessLostError, RecipeError
 from luthier.recipe import Recipe
@@ -76,7 +76,8 @@ def train(recipes: Sequence[Recipe], *, resume: bool = False, progress: Progress
     exclusive = [recipe for recipe in recipes if recipe.method.runs == "exclusive"]
     if not exclusive:
         return train_together(shared, resume=resume, progress=progress)
-    children = Children([(r, _need(r, progress)) for r in exclusive], resume=resume, progress=progress)
+    waiting = [(recipe, _need(recipe, progress)) for recipe in exclusive]
+    children = Children(waiting, resume=resume, progress=progress, device=device_of(exclusive[0]))
     try:
         if shared:
             results = train_together(shared, resume=resume, progress=progress, children=children)
@@ -287,7 +288,7 @@ def _attend(children: Children | None) -> None:
             if asked:
                 raise KeyboardInterrupt
             children.poll()
-            children.admit(available_bytes(torch.device("cpu")), beside_others=False)
+            children.admit(available_to_others(torch.device(children.device)), beside_others=False)
             time.sleep(POLL_SECONDS)
 
 
