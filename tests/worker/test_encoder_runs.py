@@ -1,4 +1,4 @@
-"""Runs on an encoder: several jobs at once, judged, resumed, predicted for, exported; and what is refused beforehand."""
+"""Runs on an encoder: several jobs at once, judged, resumed, predicted for, exported; what is refused beforehand."""
 
 from __future__ import annotations
 

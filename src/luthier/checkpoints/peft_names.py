@@ -19,8 +19,8 @@ HEAD = "score"
 """What transformers calls the head of a decoder's sequence or token classifier."""
 
 OF_HEAD = "head."
-"""What a slot puts before the names of its head's parameters. An encoder's head may have several modules, each under its
-name in transformers' classifier."""
+"""What a slot puts before the names of its head's parameters. An encoder's head may have several modules, each under
+its name in transformers' classifier."""
 
 
 def peft_name(parameter: str, bank: Bank) -> str:
