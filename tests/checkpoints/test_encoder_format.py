@@ -117,6 +117,32 @@ def test_other_methods_of_the_bank(base: Base, method: str, tmp_path: Path) -> N
     base.bank.remove(slot)
 
 
+@pytest.mark.parametrize(
+    "extra", [{"new_tokens": (9, 7)}, {"new_tokens": (9, 320)}, {"modules_to_save": True}], ids=str
+)
+def test_new_tokens_and_modules_in_full(base: Base, extra: dict[str, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    if extra.get("modules_to_save"):
+        extra = {"modules_to_save": (base.bank.input_name.partition(".")[2],)}
+    slot = stirred(base, AdapterSpec(rank=2, num_classes=3, **extra))
+    check_writable(slot, base)
+    write_adapter(slot, base, tmp_path, base_name=str(base.folder))
+    sequences = random_sequences((3, 17), 250, include=extra.get("new_tokens", ()), avoid=base.config.pad_token_id)
+    config = AutoConfig.from_pretrained(tmp_path, subfolder="classifier")
+    under = auto_class("sequence", of_peft=False).from_pretrained(base.folder, config=config, dtype="float64")
+    if 320 in extra.get("new_tokens", ()):
+        under.resize_token_embeddings(321, mean_resizing=False)
+    theirs = model_logits(PeftModel.from_pretrained(under, tmp_path).eval(), sequences, classifies=True)
+    ours = slot_logits(base, slot, sequences)
+    assert distance(ours, theirs) < TOLERANCE
+    again = slot_from_adapter(base, tmp_path)
+    assert distance(ours, slot_logits(base, again, sequences)) == 0.0
+    for used in (slot, again):
+        base.bank.remove(used)
+
+
 def test_peft_names_layers_by_their_ends_where_a_head_has_none_of_them(base: Base, tmp_path: Path) -> None:
     """BERT's pooler and RoBERTa's head have layers called `dense`, as their blocks do; those are not to be adapted."""
     slot = base.bank.add(AdapterSpec(rank=2, num_classes=3), 1)

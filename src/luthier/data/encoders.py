@@ -42,12 +42,12 @@ def num_positions(config: Mapping[str, Any]) -> int | None:
     return rows - 1 - (padding if isinstance(padding, int) else 1)
 
 
-def check_encoder_task(name: str, objective: Objective, model_type: str) -> None:
+def check_encoder_task(name: str, objective: Objective, model_type: str = "") -> None:
     """Refuse a task that an encoder cannot learn.
 
     Args:
         name: The task's, as in a recipe.
-        model_type: The encoder's.
+        model_type: The encoder's, where it is known.
 
     Raises:
         RecipeError: saying what an encoder learns, and what else to do.
@@ -55,8 +55,9 @@ def check_encoder_task(name: str, objective: Objective, model_type: str) -> None
     if objective in HEAD_OBJECTIVES:
         return
     found = "classification with head: words" if name == "classification" else name
+    kind = f" ({model_type})" if model_type else ""
     raise RecipeError(
-        f"the base is an encoder ({model_type}), which reads texts and does not write, and the task is {found}",
+        f"the base is an encoder{kind}, which reads texts and does not write, and the task is {found}",
         "task: classification (with head: linear) or task: tagging",
         "choose one of the two, or a base that writes; `luthier models` lists some",
     )
