@@ -253,3 +253,76 @@ def _save(model_class: Any, config: Any, folder: Path, seed: int) -> Path:
                 torch.nn.init.uniform_(parameter, 0.7, 1.3)
     model.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+ENCODER_TOKENS = {
+    "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+}
+"""Special tokens of two families, in the order of their ids."""
+
+ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert", "mpnet")
+ENCODER_POSITIONS = 96
+
+
+def write_encoder_tokenizer(folder: Path, architecture: str) -> Tokenizer:
+    """A byte-level BPE that puts [CLS] and [SEP] (or <s> and </s>) around a text.
+
+    As in many folders of encoders, tokenizer_config.json names no special token: transformers knows them by the class.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ENCODER_TOKENS["roberta" if architecture in ROBERTA_LIKE else "bert"]
+    first, last = ("<s>", "</s>") if architecture in ROBERTA_LIKE else ("[CLS]", "[SEP]")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*special, *alphabet, *(left + right for left, right in _MERGES)]
+    vocab = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(_MERGES)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B {last}",
+        special_tokens=[(first, vocab[first]), (last, vocab[last])],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 512}', encoding="utf-8")
+    return tokenizer
+
+
+def write_tiny_encoder(folder: Path, architecture: str, *, seed: int = 0, **overrides: Any) -> Path:
+    """A two-layer encoder as it is published: a model for masked words, with a tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    tokenizer = write_encoder_tokenizer(folder, architecture)
+    padding = 1 if architecture in ROBERTA_LIKE else 0
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": ENCODER_POSITIONS + (padding + 1 if padding else 0),
+        "initializer_range": WEIGHT_STD,
+        "pad_token_id": padding,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if architecture == "distilbert":
+        fields |= {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+    if architecture == "electra":
+        fields |= {"embedding_size": 16}
+    if architecture == "modernbert":  # its base on the Hub pools by the mean, and its window is short here
+        ends = {"cls_token_id": 2, "sep_token_id": 3}
+        fields |= {"classifier_pooling": "mean", "local_attention": 8, "global_attn_every_n_layers": 2, **ends}
+    assert tokenizer.get_vocab_size() <= VOCAB_SIZE
+    config = AutoConfig.for_model(architecture, **(fields | overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = AutoModelForMaskedLM.from_config(config).to(torch.float32)
+        for name, parameter in model.named_parameters():
+            if "norm" in name.lower() and parameter.ndim == 1:
+                torch.nn.init.uniform_(parameter, 0.7, 1.3)
+    model.save_pretrained(folder, safe_serialization=True)
+    return folder

@@ -30,6 +30,10 @@ MULTILABEL = "multi_label_classification"
 TASK_TYPES = (None, "CAUSAL_LM", *HEADS)
 HEAD_NAMES = ("score", "classifier")
 """What transformers calls the head of a classifier."""
+_WRAPPERS = ("modules_to_save", "original_module", "default")
+"""What peft may put into the name of a module that is trained in full."""
+PARTS_OF_HEADS = (*HEAD_NAMES, "pre_classifier", "pooler", "head")
+"""Modules that belong to a head: an encoder's has more than one."""
 
 _FIELDS = frozenset(
     {
@@ -132,7 +136,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     task_type = config.get("task_type")
     saved = tuple(config.get("modules_to_save") or ())
     if task_type in HEADS:  # PEFT lists the classifier's head among them
-        saved = tuple(name for name in saved if name not in HEAD_NAMES)
+        saved = tuple(name for name in saved if name.rsplit(".", 1)[-1] not in PARTS_OF_HEADS)
     return AdapterFiles(
         folder=folder,
         config=config,
@@ -296,8 +300,9 @@ def _new_tokens(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
 
 def _num_classes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> int:
     for name, shape in shapes.items():
-        parts = name.split(".")
-        if parts[-1] == "weight" and any(head in parts for head in HEAD_NAMES) and len(shape) == 2:
+        *parts, kind = (part for part in name.split(".") if part not in _WRAPPERS)
+        is_last = parts[-1:] in ([head] for head in HEAD_NAMES) or parts[-2:] == ["classifier", "out_proj"]
+        if kind == "weight" and is_last and len(shape) == 2:
             return shape[0]
     raise ModelError(
         f"{folder / WEIGHTS_FILE} holds no classifier head", f"{' or '.join(HEAD_NAMES)} in {WEIGHTS_FILE}"

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from luthier.base.attention import PACKED_ATTENTION
+from luthier.base.encoder import Encoder, load_encoder
 from luthier.base.fast_body import FastBody, build_fast_body
 from luthier.base.folder import read_json
 from luthier.base.fp8 import Fp8Linear, prepare_fp8, settle_fp8
 from luthier.base.identity import BaseKey, base_revision, weights_identity
 from luthier.base.nf4 import hold_in_nf4, load_nf4, nf4_weights
 from luthier.base.rope import PerSequenceRotary, wrap_longrope
+from luthier.data.encoders import is_encoder, num_positions
 from luthier.engine.bank import Bank, Routing
 from luthier.engine.pack import PackedBatch, Segment
 from luthier.errors import ModelError
@@ -53,7 +55,8 @@ class Base:
     """A frozen base with its bank.
 
     Attributes:
-        model: The causal language model of transformers, wrapped by the bank.
+        model: The causal language model of transformers, or an encoder; wrapped by the bank.
+        is_encoder: Whether it reads in both directions and writes nothing.
         bank: The slots.
         device, dtype: Where and how the weights are held; where they are quantized, what is computed in.
         quantization: "nf4" or "fp8" where the linear layers but the output layer are held so, or None.
@@ -92,6 +95,8 @@ class Base:
         self.model = model
         self.folder = folder
         self.config: Any = model.config
+        self.is_encoder = isinstance(model, Encoder)
+        self._without_cache = {} if self.is_encoder else {"use_cache": False}
         embedding = self.model.get_input_embeddings().weight
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
@@ -175,6 +180,8 @@ class Base:
 
     @property
     def max_positions(self) -> int | None:
+        if self.is_encoder:
+            return num_positions(self.config.to_dict())
         return getattr(self.config, "max_position_embeddings", None)
 
     # -- running
@@ -214,10 +221,26 @@ class Base:
             if wants_logits:
                 assert keep is not None
                 return self._forward_with_head(inputs, keep, at_T, batch)
-            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            hidden = self.model.base_model(**inputs, **self._without_cache).last_hidden_state
             return (self._flat(hidden, at_T),)
 
         return Forward(*self.enter(run))
+
+    def reads_at(self, batch: PackedBatch) -> Tensor:
+        """int64 [C], flat: where heads read what the batch has classes for.
+
+        A causal model has seen a whole sequence at its last token, where the class stands in the batch; an encoder's
+        heads on sequences read the first, as transformers' do.
+        """
+        if not self.is_encoder:
+            return batch.class_at_C
+        first_C = batch.offsets_N1.long()[batch.class_rows_C]
+        parts = []
+        for segment in batch.class_segments:
+            slot = self.bank.slots.get(segment.slot)
+            reads_tokens = slot is not None and slot.spec.head == "token"
+            parts.append((batch.class_at_C if reads_tokens else first_C)[segment.start : segment.end])
+        return torch.cat(parts)
 
     def _body_takes(self, cache: Any) -> bool:
         """Whether the fast body runs forwards over this cache."""
@@ -274,9 +297,12 @@ class Base:
     # -- layouts
 
     def _packed_inputs(self, batch: PackedBatch, cache: Any) -> dict[str, Any]:
+        positions_T = batch.positions_T
+        if isinstance(self.model, Encoder):
+            positions_T = self.model.position_ids(batch.tokens_T, positions_T)
         inputs = {
             "input_ids": batch.tokens_T[None],
-            "position_ids": batch.positions_T[None],
+            "position_ids": positions_T[None],
             "cu_seq_lens_q": batch.offsets_N1,
             "cu_seq_lens_k": batch.offsets_N1,
             "max_length_q": batch.max_length,
@@ -357,7 +383,7 @@ def load_base(
     use_reference: bool = False,
     wants_fast_body: bool | None = None,
 ) -> Base:
-    """Load a causal language model from a folder of safetensors.
+    """Load a causal language model, or an encoder, from a folder of safetensors.
 
     Args:
         dtype: Of the weights; where they are quantized, of the rest and of the products.
@@ -385,10 +411,12 @@ def load_model(
     quantization: str | None = None,
     quantized_from: str | torch.dtype | None = None,
 ) -> Any:
-    """The causal language model itself, as transformers gives it; arguments and errors as `load_base`."""
+    """The model itself: a causal one as transformers gives it, or an `Encoder`; arguments and errors as `load_base`."""
     from transformers import AutoModelForCausalLM
 
     _check_full_precision(folder)
+    if _holds_encoder(folder):
+        return _load_encoder(folder, torch.device(device), torch_dtype(dtype), quantization)
     wanted, place = torch_dtype(dtype), torch.device(device)
     source = torch_dtype(quantized_from or dtype)
     try:
@@ -422,6 +450,27 @@ def _check_full_precision(folder: Path) -> None:
             "weights in float32, bfloat16 or float16",
             "name the model that it was made of; `method: {type: qlora}` holds that in 4 bits as it is loaded",
         )
+
+
+def _holds_encoder(folder: Path) -> bool:
+    config = Path(folder) / "config.json"
+    return config.is_file() and is_encoder(read_json(config))
+
+
+def _load_encoder(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None) -> Encoder:
+    if quantization is not None:
+        raise ModelError(
+            f"{folder} is an encoder, and is to be held in {quantization.upper()}",
+            "an encoder in float32, bfloat16 or float16: they are small",
+            "leave quantization out; `method: lora` in place of qlora",
+        )
+    try:
+        return load_encoder(Path(folder), dtype).to(device)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder} does not load as an encoder: {error}",
+            "a folder with config.json and safetensors weights of an architecture that transformers knows",
+        ) from error
 
 
 def _load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from luthier.base.encoder import encoder_without_weights
+from luthier.data.encoders import ENCODERS, is_encoder
 from luthier.engine.wrappers import is_linear
 from luthier.errors import ModelError
 
@@ -37,7 +39,7 @@ def read_config(folder: Path) -> Any:
     """The base's config as transformers reads it.
 
     Raises:
-        ModelError: when config.json describes no causal language model that transformers knows.
+        ModelError: when config.json describes no causal language model or encoder that is known.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -46,7 +48,7 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise _undescribed(folder, error) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not is_encoder(config.to_dict()) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _undescribed(folder, f"transformers has none of type {config.model_type}")
     return config
 
@@ -54,7 +56,8 @@ def read_config(folder: Path) -> Any:
 def _undescribed(folder: Path, why: object) -> ModelError:
     return ModelError(
         f"{folder} does not describe a causal language model: {why}",
-        "a folder with the config.json of an architecture that transformers knows",
+        "a folder with the config.json of an architecture that transformers knows, or of an encoder: "
+        + ", ".join(sorted(ENCODERS)),
     )
 
 
@@ -62,12 +65,14 @@ def without_weights(folder: Path) -> Any:
     """The architecture that the folder's config.json describes, on the meta device, which holds no values; tied.
 
     Raises:
-        ModelError: when transformers makes no causal language model of it.
+        ModelError: when transformers makes no causal language model or encoder of it.
     """
     from transformers import AutoModelForCausalLM
 
     config = read_config(folder)
     try:
+        if is_encoder(config.to_dict()):
+            return encoder_without_weights(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -43,9 +43,9 @@ class Findings:
 def probe(base: Base) -> Findings:
     """Run the base on a few random sequences, packed and apart."""
     examples = probe_examples(base)
-    apart, hidden, logits = _separately(base, examples)
+    apart = [_hidden(base, example) for example in examples]
     problem = _packing_problem(base, examples, apart)
-    return Findings(problem, _head_is_plain(base, hidden, logits), _shared_inputs(base, examples[0]))
+    return Findings(problem, _head_is_plain(base, examples[0], apart[0]), _shared_inputs(base, examples[0]))
 
 
 def probe_examples(base: Base) -> list[Example]:
@@ -55,20 +55,22 @@ def probe_examples(base: Base) -> list[Example]:
     limit = base.longrope_limit
     if limit is not None and limit <= LONGEST_WINDOW:
         lengths.append(limit + 7)  # one sequence of LongRoPE's long class beside short ones
+    most = base.max_positions if base.is_encoder else None  # past it, tables of learned positions end
     random = np.random.default_rng(0)
     top = min(base.vocabulary_size, 32_000)
-    return [Example(random.integers(0, top, size=n).astype(np.int32), np.zeros(n, dtype=np.float32)) for n in lengths]
-
-
-def _separately(base: Base, examples: list[Example]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Each sequence's hidden states by the model's own attention; and the first one's logits."""
-    states = [_hidden(base, example) for example in examples]
-    return states, states[0], base.as_transformers()(input_ids=_ids(base, examples[0]), use_cache=False).logits[0]
+    sizes = [min(n, most or n) for n in lengths]
+    return [Example(random.integers(0, top, size=n).astype(np.int32), np.zeros(n, dtype=np.float32)) for n in sizes]
 
 
 def _hidden(base: Base, example: Example) -> Tensor:
-    model = base.as_transformers()
-    return model.base_model(input_ids=_ids(base, example), use_cache=False).last_hidden_state[0]
+    """A sequence's hidden states by the model's own attention."""
+    return _states(base, _ids(base, example))[0]
+
+
+def _states(base: Base, ids_NL: Tensor) -> Tensor:
+    without_cache = {} if base.is_encoder else {"use_cache": False}
+    states: Tensor = base.as_transformers().base_model(input_ids=ids_NL, **without_cache).last_hidden_state
+    return states
 
 
 def _ids(base: Base, example: Example) -> Tensor:
@@ -111,19 +113,16 @@ def rounding(base: Base, example: Example) -> float:
 
     In 16 bits that differs much from model to model: a few percent on random weights of many layers.
     """
-    model = base.as_transformers()
     ids = _ids(base, example)
-    alone, among = (
-        model.base_model(input_ids=ids.repeat(count, 1), use_cache=False).last_hidden_state[0].double()
-        for count in (1, 5)
-    )
+    alone, among = (_states(base, ids.repeat(count, 1))[0].double() for count in (1, 5))
     return float((alone - among).norm() / alone.norm())
 
 
-def _head_is_plain(base: Base, hidden_LD: Tensor, logits_LV: Tensor) -> bool:
+def _head_is_plain(base: Base, example: Example, hidden_LD: Tensor) -> bool:
     head = base.model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.in_features != hidden_LD.shape[-1]:
         return False
+    logits_LV = base.as_transformers()(input_ids=_ids(base, example), use_cache=False).logits[0]
     own = F.linear(hidden_LD, head.weight, head.bias)
     return own.shape == logits_LV.shape and torch.allclose(own, logits_LV, rtol=1e-3, atol=1e-3)
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from luthier.base.encoder import Encoder
 from luthier.base.load import torch_dtype
 from luthier.base.outline import read_config
+from luthier.data.encoders import is_encoder
 
 CUT_VOCABULARY = 1024
 """Rows of embedding and output layer in a skeleton with a cut vocabulary."""
@@ -29,11 +31,12 @@ def skeleton(folder: Path, num_blocks: int, dtype: str | torch.dtype, *, keeps_v
     Raises:
         ModelError: as `read_config`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     config = read_config(folder)
     text = config.get_text_config()
     text.num_hidden_layers = num_blocks
+    padding = getattr(config, "pad_token_id", None)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_blocks]
     if not keeps_vocabulary and text.vocab_size > CUT_VOCABULARY:
@@ -41,6 +44,10 @@ def skeleton(folder: Path, num_blocks: int, dtype: str | torch.dtype, *, keeps_v
         for each in (config, text):
             for name in _SPECIAL_IDS:
                 setattr(each, name, None)
+        if is_encoder(config.to_dict()):
+            config.pad_token_id = min(padding or 0, CUT_VOCABULARY - 1)  # positions may be counted from it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if is_encoder(config.to_dict()):
+            return Encoder(AutoModel.from_config(config, dtype=torch_dtype(dtype), trust_remote_code=False))
         return AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), trust_remote_code=False)

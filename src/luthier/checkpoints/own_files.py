@@ -99,10 +99,10 @@ def write_result(
 
 def _classes(base: OwnBase, labels: Sequence[str] | None, pad_token_id: int | None, threshold: float | None) -> Any:
     """The config of the head; None without one."""
-    head = base.slot.head
-    if head is None:
+    num_classes = base.slot.spec.num_classes
+    if base.slot.head is None or num_classes is None:
         return None
-    return classifier_config(base, head.out_features, labels, pad_token_id, base.slot.spec.head, threshold)
+    return classifier_config(base, num_classes, labels, pad_token_id, base.slot.spec.head, threshold)
 
 
 # -- own weights

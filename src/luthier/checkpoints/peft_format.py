@@ -17,6 +17,9 @@ A language-modelling adapter loads with `PeftModel.from_pretrained(model, folder
   last token, alone or in a right-padded batch. A token head loads likewise, with `AutoModelForTokenClassification`.
   A head of any number of labels is a sequence head whose config has `problem_type: multi_label_classification` and,
   beyond what transformers reads, the probability from which on a label is given (`label_threshold`).
+
+An encoder's adapter loads in the same way. Its head may have several modules, all of which stand in `modules_to_save`,
+and reads the first token; the padding token is the base's own, on which positions may depend.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import torch
 from torch import nn
 
 from luthier.base.adapter_files import CLASSIFIER_FOLDER, MULTILABEL, WEIGHTS_FILE
+from luthier.base.encoder import Encoder, head_modules, reads_first
 from luthier.base.identity import write_trained_over
 from luthier.base.load import Base
 from luthier.checkpoints.peft_names import HEAD, module_names, to_peft
@@ -99,7 +103,8 @@ def write_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         peft_config(slot, base, base_name, revision).save_pretrained(str(folder))
         if slot.head is not None:
-            config = classifier_config(base, slot.head.out_features, labels, pad_token_id, slot.spec.head, threshold)
+            assert slot.spec.num_classes is not None
+            config = classifier_config(base, slot.spec.num_classes, labels, pad_token_id, slot.spec.head, threshold)
             config.save_pretrained(str(folder / CLASSIFIER_FOLDER))
     write_tensors(folder / WEIGHTS_FILE, to_peft(slot, base.bank))
     key = base.key()
@@ -142,7 +147,7 @@ def check_writable(slot: Slot, base: Base) -> None:
 def peft_config(slot: Slot, base: Base, base_name: str, revision: str | None = None) -> Any:
     """PEFT's own config of the slot."""
     spec = slot.spec
-    saved = [*([HEAD] if slot.head is not None else []), *slot.saved_modules]
+    saved = [*_head_modules(slot), *slot.saved_modules]
     fields: dict[str, Any] = {
         "modules_to_save": saved or None,
         "task_type": TASK_TYPES[slot.spec.head] if slot.head is not None else "CAUSAL_LM",
@@ -186,6 +191,9 @@ def classifier_config(
         config.label_threshold = DEFAULT_THRESHOLD if threshold is None else threshold
     config.architectures = [classifier_class(config, kind).__name__]
     text = config.get_text_config()
+    if base.is_encoder:
+        reads_first(config)
+        return config
     text.pad_token_id = next(
         value for value in (pad_token_id, text.pad_token_id, _first(text.eos_token_id), 0) if value is not None
     )
@@ -227,6 +235,8 @@ def _check_classifier(slot: Slot, base: Base) -> None:
     if output in slot.adapters or output in slot.saved_modules:
         raise _conflict(f"a classifier has no output layer, and {output} is to be trained", "leave it out")
     kind = slot.spec.head
+    if base.is_encoder:
+        return  # its head is that classifier's own
     if not _has_plain_head(classifier_class(base.config, kind), base.config):
         raise RecipeError(
             f"task: transformers' {_CLASSIFIERS[kind]} for {base.config.model_type!r} has more than a plain head",
@@ -252,8 +262,17 @@ def _targets(slot: Slot, base: Base) -> list[str] | str:
         return NO_TARGETS
     ends = sorted({name.rsplit(".", 1)[-1] for name in slot.adapters})
     names = [n for n in module_names(base.model) if slot.head is None or n != base.bank.output_name]
+    if slot.head is not None and isinstance(base.model, Encoder):
+        names += [name for name, _ in slot.head.named_modules()]
     meant = {n for n in names if n.rsplit(".", 1)[-1] in ends and n not in slot.saved_modules}
     return ends if meant == set(slot.adapters) else sorted(slot.adapters)
+
+
+def _head_modules(slot: Slot) -> list[str]:
+    """The modules of transformers' classifier that are trained in full as the slot's head."""
+    if slot.head is None:
+        return []
+    return [HEAD] if isinstance(slot.head, nn.Linear) else head_modules(slot.head)
 
 
 def _token_indices(slot: Slot, bank: Bank) -> list[int] | dict[str, list[int]] | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from luthier.base.adapter_files import PREFIX
+from luthier.base.encoder import Encoder
 from luthier.engine.bank import Bank
 from luthier.engine.slot import Slot
 from luthier.engine.wrappers import BankModule
@@ -17,9 +18,15 @@ TOKENS = "token_adapter.trainable_tokens_delta"
 HEAD = "score"
 """What transformers calls the head of a decoder's sequence or token classifier."""
 
+OF_HEAD = "head."
+"""What a slot puts before the names of its head's parameters. An encoder's head may have several modules, each under
+its name in transformers' classifier."""
+
 
 def peft_name(parameter: str, bank: Bank) -> str:
     """The file's name, with `PREFIX`, of a tensor as `Slot.tensors` and `Slot.parameters` name it."""
+    if isinstance(bank.model, Encoder) and parameter.startswith(OF_HEAD):
+        return PREFIX + parameter.removeprefix(OF_HEAD)
     if parameter in ("head.weight", "head.bias"):
         return f"{PREFIX}{HEAD}.{parameter.partition('.')[2]}"
     if parameter == "token_rows.input":

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from luthier.base.adapter_files import HEAD_NAMES, PREFIX, AdapterFiles, read_adapter
+from luthier.base.encoder import Encoder
 from luthier.base.identity import read_trained_over
 from luthier.base.load import Base
-from luthier.checkpoints.peft_names import TOKENS, module_names
+from luthier.checkpoints.peft_names import OF_HEAD, TOKENS, module_names
 from luthier.checkpoints.tensor_file import read_tensors
 from luthier.engine.bank import Bank
 from luthier.engine.slot import Slot
@@ -139,7 +140,9 @@ def _take_apart(bank: Bank, files: AdapterFiles) -> _Contents:
     tensors = _with_plain_names(read_tensors(files.weights))
     contents = _Contents()
     _take_adapted(bank, files, tensors, contents)
-    if files.num_classes is not None:
+    if files.num_classes is not None and isinstance(bank.model, Encoder):
+        _take_encoder_head(bank.model, files, files.num_classes, tensors, contents)
+    elif files.num_classes is not None:
         head = next(name for name in HEAD_NAMES if f"{name}.weight" in tensors)
         contents.values["head.weight"] = tensors.pop(f"{head}.weight")
         if f"{head}.bias" in tensors:
@@ -153,6 +156,18 @@ def _take_apart(bank: Bank, files: AdapterFiles) -> _Contents:
             "merge it into its base with peft (merge_and_unload), save that, and name the folder under `base`",
         )
     return contents
+
+
+def _take_encoder_head(
+    model: Encoder, files: AdapterFiles, num_classes: int, tensors: dict[str, Tensor], contents: _Contents
+) -> None:
+    """The head's modules; what an adapter leaves out, as peft's own leave BERT's pooler, is the base's."""
+    for name, parameter in model.empty_head(num_classes, files.head or "sequence").named_parameters():
+        found = tensors.pop(name, model.pretrained.get(name))
+        if found is None or found.shape != parameter.shape:
+            has = "it lacks" if found is None else f"of shape {tuple(found.shape)} is"
+            raise _misfit(files, f"{has} {name}", f"{name} of shape {tuple(parameter.shape)}")
+        contents.values[OF_HEAD + name] = found
 
 
 def _with_plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ was trained on and what it is asked are the same tokens.
 
 BOS exactly once: `encode` never adds any. Chat text holds the BOS that its template writes, and no other, as in
 transformers' `apply_chat_template(tokenize=True)`. Raw text begins with `bos_id` where the tokenizer itself adds one.
+An encoder's text ends with `sep_id` too, and likewise once.
 """
 
 from __future__ import annotations
@@ -191,6 +192,32 @@ class Renderer:
     def with_bos(self, ids: list[int]) -> list[int]:
         """The ids behind `bos_id`, where this tokenizer puts one; it never stands twice."""
         return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def between(self, ids: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """What stands before a text, the text's own tokens, and what stands behind it; nothing of it stands twice."""
+        first = [] if self.bos_id is None else [self.bos_id]
+        last = [] if self.sep_id is None else [self.sep_id]
+        start = len(first) if first and ids[:1] == first else 0
+        end = len(ids) - 1 if last and ids[start:][-1:] == last else len(ids)
+        return first, ids[start:end], last
+
+    @functools.cached_property
+    def sep_id(self) -> int | None:
+        """The token that an encoder's tokenizer puts behind a text, as `bos_id` before it; None for other bases.
+
+        An encoder's is known by naming a `cls_token` and a `sep_token`, and putting the one before a text and the other
+        behind it.
+        """
+        cls, sep = self.token_id_of("cls_token"), self.token_id_of("sep_token")
+        full = self._tokenizer.encode("a", add_special_tokens=True).ids
+        return sep if cls is not None and sep is not None and (full[0], full[-1]) == (cls, sep) else None
+
+    def longest(self, max_length: int) -> int:
+        """`max_length`, or what an encoder has positions for where that is less."""
+        most = self._files.settings.get("model_max_length")
+        if self.sep_id is None or not isinstance(most, int):
+            return max_length
+        return min(max_length, most)
 
     @property
     def eos_id(self) -> int | None:

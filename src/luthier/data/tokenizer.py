@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from luthier.data.encoders import is_encoder, num_positions
 from luthier.errors import ModelError, StorageError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -66,8 +67,11 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     tokenizer.no_padding()
     settings = _read_json(folder / "tokenizer_config.json")
     special_tokens = _special_tokens(settings, _read_json(folder / "special_tokens_map.json"))
-    _add_declared_tokens(tokenizer, settings, special_tokens)
     config = _read_json(folder / "config.json")
+    if is_encoder(config):
+        special_tokens = _special_tokens_of_encoder(tokenizer, config) | special_tokens
+        settings = settings | _longest_text(settings, config)
+    _add_declared_tokens(tokenizer, settings, special_tokens)
     config = {**config, **(config.get("text_config") or {})}
     generation = _read_json(folder / "generation_config.json")
     eos_ids = [*_as_ids(generation.get("eos_token_id")), *_as_ids(config.get("eos_token_id"))]
@@ -112,6 +116,34 @@ def _special_tokens(settings: Mapping[str, Any], special_map: Mapping[str, Any])
     found = dict(settings) if "added_tokens_decoder" in settings else {**settings, **special_map}
     texts = {name: _token_text(found.get(name)) for name in SPECIAL_NAMES}
     return {name: text for name, text in texts.items() if text}
+
+
+def _special_tokens_of_encoder(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
+    """The tokens that an encoder's tokenizer puts around a text and pads it with.
+
+    Many such folders name none: transformers knows them by the tokenizer's class.
+    """
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    full = tokenizer.encode("a", add_special_tokens=True).ids
+    found: dict[str, str] = {}
+    if len(full) == len(bare) + 2 and full[1:-1] == bare:
+        ends = {"cls_token": tokenizer.id_to_token(full[0]), "sep_token": tokenizer.id_to_token(full[-1])}
+        found |= {name: text for name, text in ends.items() if text is not None}
+    padding = config.get("pad_token_id")
+    if isinstance(padding, int) and (text := tokenizer.id_to_token(padding)):
+        found["pad_token"] = text
+    for name, texts in (("mask_token", ("[MASK]", "<mask>")), ("unk_token", ("[UNK]", "<unk>"))):
+        if known := [text for text in texts if tokenizer.token_to_id(text) is not None]:
+            found[name] = known[0]
+    return found
+
+
+def _longest_text(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
+    """`model_max_length`, where the base has fewer positions than its tokenizer says."""
+    positions, said = num_positions(config), settings.get("model_max_length")
+    if positions is None or (isinstance(said, int) and said <= positions):
+        return {}
+    return {"model_max_length": positions}
 
 
 def _token_text(value: Any) -> str | None:

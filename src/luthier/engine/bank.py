@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.base.encoder import Encoder
 from luthier.base.fp8 import Fp8Linear
 from luthier.base.nf4 import Nf4Linear
 from luthier.engine.pack import Segment
@@ -261,8 +262,10 @@ class Bank:
             output_KD = rows(self.original(self.output_name).weight)  # type: ignore[arg-type]
         return TokenRows(ids_K.to(input_KD.device), input_KD, output_KD)
 
-    def _head(self, num_classes: int, kind: HeadKind, generator: torch.Generator) -> nn.Linear:
+    def _head(self, num_classes: int, kind: HeadKind, generator: torch.Generator) -> nn.Module:
         weight: Any = self.original(self.input_name).weight
+        if isinstance(self.model, Encoder):
+            return self.model.fresh_head(num_classes, kind, generator, _wide(weight)).to(weight.device)
         # As transformers' classifiers have it: the token head alone has a bias.
         head = nn.Linear(weight.shape[1], num_classes, bias=kind == "token")
         std = getattr(getattr(self.model, "config", None), "initializer_range", None) or 0.02

@@ -47,7 +47,7 @@ class OwnSlot:
     spec: ExclusiveSpec
     live: dict[str, nn.Parameter]
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
-    head: nn.Linear | None = None
+    head: nn.Module | None = None
     method_hooks: StepHooks | None = None
     has_moved: bool = False
     index: int = OWN_SLOT

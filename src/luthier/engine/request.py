@@ -147,12 +147,28 @@ class TokenEvent:
     completion: Completion | None = None
 
 
+def check_writes(base: Base) -> None:
+    """Refuse a base that reads texts and writes none.
+
+    Raises:
+        SamplingError: naming what it is.
+    """
+    if base.is_encoder:
+        raise SamplingError(
+            f"the base is an encoder ({base.config.model_type}), which reads texts and does not write",
+            "a base that writes",
+            "ask a model tuned on it about rows, with `luthier predict` or over /v1/luthier/predict",
+        )
+
+
 def check_prompt(base: Base, request: Request) -> None:
     """Refuse what the base cannot continue.
 
     Raises:
-        SamplingError: for a prompt that is empty, too long for the base, or of tokens that the slot does not know.
+        SamplingError: for a base that writes nothing, and a prompt that is empty, too long for the base, or of tokens
+            that the slot does not know.
     """
+    check_writes(base)
     length, most = len(request.tokens), base.max_positions
     if length == 0:
         raise SamplingError("the prompt has no tokens", "one token or more")

@@ -46,7 +46,8 @@ class Slot:
         adapters: Linear layer's name -> what its method keeps for it.
         saved_modules: Module's name -> this slot's own trained copy.
         token_rows: Trained embedding rows, or None.
-        head: Sequence head [C, D] without bias, token head [C, D] with one, or None.
+        head: On a causal base a sequence head [C, D] without bias or a token head [C, D] with one; on an encoder what
+            `base.encoder.Encoder.fresh_head` makes; or None.
         is_snapshot: True for an immutable copy that serves.
         flat: The adapters' memory in one piece, on bases that train by their fast body.
     """
@@ -56,7 +57,7 @@ class Slot:
     adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     saved_modules: dict[str, nn.Module] = field(default_factory=dict)
     token_rows: TokenRows | None = None
-    head: nn.Linear | None = None
+    head: nn.Module | None = None
     is_snapshot: bool = False
     flat: FlatFactors | None = None
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from luthier.base.load import Base, Forward
 from luthier.engine.graphs import StepGraphs
+from luthier.engine.heads import read_classes
 from luthier.engine.pack import PackedBatch, PackedPairs, Segment
 from luthier.objectives.language_modelling import TokenScores, frozen_head_nll, next_token_nll_reference
 from luthier.objectives.multilabel_head import flags_nll
 from luthier.objectives.preference import PairScores, preference_loss, prefers_chosen, side_logprobs
-from luthier.objectives.sequence_head import class_logits, class_nll
+from luthier.objectives.sequence_head import class_nll
 from luthier.objectives.trained_head import trained_head_nll
 from luthier.types import HeadKind
 
@@ -263,14 +264,14 @@ def _rows(hidden_TD: Tensor, at_P: Tensor) -> Tensor:
 
 def _class_scores(base: Base, batch: PackedBatch, result: Forward) -> _Classes:
     """Classes, labels and tags alike: each segment by the head of its slot."""
-    read_CD = _rows(result.hidden_TD, batch.class_at_C)
+    read_CD = _rows(result.hidden_TD, base.reads_at(batch))
     nll, correct, logits = [], [], []
     for segment, flags_CK in zip(batch.class_segments, batch.class_flags, strict=True):
         slot = base.bank.slots.get(segment.slot)
         if slot is None or slot.head is None:
             raise ValueError(f"slot {segment.slot} has no head")
         rows = slice(segment.start, segment.end)
-        logits_CK = class_logits(read_CD[rows], slot.head.weight, slot.head.bias)
+        logits_CK = read_classes(slot.head, read_CD[rows])
         if (slot.spec.head == "multilabel") != (flags_CK is not None):
             raise ValueError(f"slot {segment.slot} has a {slot.spec.head} head, and its examples are of another")
         scores = class_nll(logits_CK, batch.class_index_C[rows]) if flags_CK is None else flags_nll(logits_CK, flags_CK)

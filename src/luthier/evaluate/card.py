@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
+from luthier.base.adapter_files import CLASSIFIER_FOLDER
 from luthier.base.catalogue import CATALOGUE
+from luthier.base.folder import read_json
 from luthier.evaluate import summary
 from luthier.evaluate.record import RunRecord, read_run
 from luthier.files import write_text
@@ -133,10 +135,18 @@ def _classifier_code(folder: str, record: RunRecord) -> str:
         'config = AutoConfig.from_pretrained(folder, subfolder="classifier")  # names of the classes, padding token\n'
         f"model = {auto_class}.from_pretrained(\n"
         "    folder, id2label=config.id2label, label2id=config.label2id, pad_token_id=config.pad_token_id"
+        f"{_pooling(record)}"
         f"{quantized}\n"
         ")\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)"
     )
+
+
+def _pooling(record: RunRecord) -> str:
+    """How the head pools, where the architecture leaves it to the config and the base's says another way."""
+    path = record.path / record.result_folder / CLASSIFIER_FOLDER / "config.json"
+    is_open = path.is_file() and "classifier_pooling" in read_json(path)
+    return ",\n    classifier_pooling=config.classifier_pooling" if is_open else ""
 
 
 def _front_matter(record: RunRecord) -> dict[str, Any]:

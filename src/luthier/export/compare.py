@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.base.load import Base
+from luthier.engine.heads import read_classes
 from luthier.engine.own import OwnSlot
 from luthier.engine.pack import PackItem, pack
 from luthier.engine.slot import Slot
-from luthier.objectives.sequence_head import class_logits
-from luthier.objectives.token_head import tag_logits
 from luthier.types import Example
 
 Tokens = NDArray[np.int32]
@@ -57,8 +56,8 @@ def slot_logits(base: Base, slot: Slot | OwnSlot, sequences: Sequence[Tokens]) -
         if slot.head is not None:
             hidden_TD = base.forward(batch).hidden_TD
             if slot.spec.head == "token":
-                return list(tag_logits(hidden_TD, slot.head.weight, slot.head.bias).split(list(batch.lengths)))
-            return list(class_logits(hidden_TD[batch.class_at_C], slot.head.weight))
+                return list(read_classes(slot.head, hidden_TD).split(list(batch.lengths)))
+            return list(read_classes(slot.head, hidden_TD[base.reads_at(batch)]))
         result = base.forward(batch, keep=torch.arange(batch.num_tokens, device=base.device))
     logits_TV = result.logits_PV
     if logits_TV is None:

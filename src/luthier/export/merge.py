@@ -22,7 +22,7 @@ def merge(model: Any, slot: Slot) -> None:
     """Write a slot into a model of its own: trained modules, then tokens' rows, then the layers' adapters.
 
     Args:
-        model: A freshly loaded causal language model or sequence classifier; changed in place.
+        model: A freshly loaded causal language model or classifier; changed in place.
 
     Raises:
         ModelError: where the model lacks a part that the slot changes.
@@ -41,7 +41,10 @@ def merge(model: Any, slot: Slot) -> None:
             model.get_output_embeddings().weight[rows.ids_K] = rows.output_KD.to(model.dtype)
     for name, adapter in slot.adapters.items():
         _merge_layer(model.get_submodule(name), adapter, known[name])
-    if slot.head is not None:
+    if slot.head is not None and not isinstance(slot.head, nn.Linear):
+        for name, parameter in slot.head.named_parameters():
+            model.get_parameter(name).copy_(parameter)
+    elif slot.head is not None:
         if not isinstance(getattr(model, HEAD, None), nn.Linear):
             raise ModelError(
                 f"transformers' classifier {type(model).__name__} has no plain head", "a head of one matrix"

@@ -249,7 +249,8 @@ def _tuned(base_folder: Path, adapter_folder: Path, wide: torch.dtype, nf4: Base
     if slot.head is not None:
         check_writable(slot, base)
         config = _classifier_config(base, slot, adapter_folder)
-        pad_token, num_columns = config.get_text_config().pad_token_id, slot.head.out_features
+        assert slot.spec.num_classes is not None
+        pad_token, num_columns = config.get_text_config().pad_token_id, slot.spec.num_classes
     lengths = [min(length, base.max_positions or length) for length in LENGTHS_TOKENS]
     ids = [int(token) for token in own]
     # Short and random alike, and once more with the slot's own tokens.
@@ -264,16 +265,16 @@ def _tuned(base_folder: Path, adapter_folder: Path, wide: torch.dtype, nf4: Base
 def _classifier_config(base: Any, slot: Slot, adapter_folder: Path) -> Any:
     from transformers import AutoConfig
 
-    assert slot.head is not None
+    assert slot.spec.num_classes is not None
     if (adapter_folder / CLASSIFIER_FOLDER / "config.json").is_file():
         config = AutoConfig.from_pretrained(adapter_folder, subfolder=CLASSIFIER_FOLDER, local_files_only=True)
-        if config.num_labels != slot.head.out_features:
+        if config.num_labels != slot.spec.num_classes:
             raise ModelError(
                 f"{adapter_folder / CLASSIFIER_FOLDER} names {config.num_labels} classes",
-                f"{slot.head.out_features}, as the head has",
+                f"{slot.spec.num_classes}, as the head has",
             )
         return config
-    return classifier_config(base, slot.head.out_features, kind=slot.spec.head)
+    return classifier_config(base, slot.spec.num_classes, kind=slot.spec.head)
 
 
 def load_plain(folder: Path, dtype: torch.dtype, config: Any = None, *, kind: HeadKind | None = None) -> Any:

@@ -69,7 +69,7 @@ def export_peft_merged(
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(adapter, subfolder="classifier", local_files_only=True)
-        columns = torch.arange(base.slot.head.out_features)
+        columns = torch.arange(config.num_labels)
     expected = Expected(sequences, logits, columns, config)
     say(f"Merging in {wide_name}")
     model = _merged(base, base_folder, wide, config)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from luthier.data.check import DataCheck
+from luthier.data.encoders import check_encoder_task
 from luthier.data.report import DataReport
 from luthier.data.template import Renderer
-from luthier.errors import DataError, LuthierError
+from luthier.errors import DataError, LuthierError, RecipeError
 from luthier.recipe import DataConfig, JobSpec
 from luthier.registry.problems import InvalidRequestError
 from luthier.store.blobs import Blobs
@@ -51,8 +52,13 @@ def look_at(
     """Check a job's files.
 
     Raises:
-        InvalidRequestError: naming the first lines that cannot be trained on.
+        InvalidRequestError: naming the first lines that cannot be trained on; or for a task that the base cannot learn.
     """
+    if renderer is not None and renderer.sep_id is not None:
+        try:
+            check_encoder_task(spec.task.type, task_for(spec.task).objective)
+        except RecipeError as error:
+            raise InvalidRequestError(f"{error.found}; expected {error.expected}.", param="model") from None
     for file, param in ((train, "training_file"), (validation, "validation_file")):
         if file is not None and file.purpose != "fine-tune":
             raise InvalidRequestError(

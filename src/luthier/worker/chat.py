@@ -17,6 +17,7 @@ from luthier.base.folder import read_json
 from luthier.base.identity import read_trained_over
 from luthier.base.load import Base, load_model
 from luthier.checkpoints.peft_format import slot_from_adapter
+from luthier.data.encoders import is_encoder
 from luthier.data.template import Renderer
 from luthier.engine.pack import BASE_SLOT
 from luthier.engine.sample import Request, Sampler, SamplingParams
@@ -130,6 +131,7 @@ def open_chat(model: str | Path) -> ChatSession:
     if (path / "adapter_config.json").exists():
         return _open_adapter(path)
     folder = resolve(str(model))
+    _check_writes(folder)
     return ChatSession(load_placed(_place(folder)), Renderer.load(folder), None)
 
 
@@ -157,6 +159,7 @@ def _open_adapter(path: Path) -> ChatSession:
     if files.base_name is None:
         raise ModelError(f"{path} does not say which base it was trained over", fix="set base_model_name_or_path in it")
     folder = resolve(files.base_name)
+    _check_writes(folder)
     key = read_trained_over(files.folder)
     base = load_placed(replace(_place(folder), quantization=key.quantization if key is not None else None))
     slot = slot_from_adapter(base, path)
@@ -169,10 +172,22 @@ def _open_peft(path: Path) -> ChatSession:
     if not base_name:
         raise ModelError(f"{path} does not say which base it was trained over", fix="set base_model_name_or_path in it")
     folder = resolve(base_name)
+    _check_writes(folder)
     placement = _place(folder)
     base = read_peft(load_model(folder, device=placement.device, dtype=placement.dtype), folder, path)
     tokenizer = path if (path / "tokenizer.json").exists() else folder
     return ChatSession(base, Renderer.load(tokenizer), base.slot.index)
+
+
+def _check_writes(folder: Path) -> None:
+    """Refuse a base that reads and does not write, before it is loaded."""
+    config = read_json(folder / "config.json")
+    if is_encoder(config):
+        raise ModelError(
+            f"{folder} is an encoder ({config['model_type']}), which reads texts and does not write",
+            "a base that writes, or a model tuned on one",
+            "ask a run on an encoder about rows: `luthier predict RUN FILE`",
+        )
 
 
 def _place(folder: Path) -> Placement:

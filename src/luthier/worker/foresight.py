@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from luthier.base.folder import read_json
 from luthier.base.load import Base, torch_dtype
 from luthier.base.outline import Outline, outline
 from luthier.base.skeleton import CUT_VOCABULARY, skeleton
+from luthier.data.encoders import is_encoder, num_positions
 from luthier.engine.job import TrainingJob, total_steps
 from luthier.engine.memory import Held, JobCosts, MemoryPlan, largest_micro_batch, measured_costs, plan_of
 from luthier.engine.own import OwnSlot
@@ -83,7 +86,7 @@ def _foresee(
     # Blocks below the last that train keep nothing for the backward.
     is_last = isinstance(spec, ExclusiveSpec) and spec.method == "last_layers"
     num_blocks = min(spec.num_layers, shape.num_blocks) if is_last else shape.num_blocks  # type: ignore[union-attr]
-    given = examples if examples is not None else _longest(recipe)
+    given = examples if examples is not None else _longest(recipe, placement.folder)
     measured = [_measure(recipe, placement, shape, spec, given, count, recomputes) for count in (1, 2)]
     (one, tokens, width), (two, _, _) = measured
     costs = JobCosts.of_blocks(one, two, num_blocks)
@@ -120,8 +123,11 @@ def _in_every_block(target: str) -> str:
     return ".".join(parts[numbers[-1] + 1 :]) if numbers else target
 
 
-def _longest(recipe: Recipe) -> list[Example]:
+def _longest(recipe: Recipe, base_folder: Path) -> list[Example]:
     length = recipe.train.max_length
+    config = read_json(base_folder / "config.json")
+    if is_encoder(config):  # its texts end where its positions do
+        length = min(length, num_positions(config) or length)
     num_sides = 2 if task_for(recipe.task).objective == "preference" else 1
     size = num_sides * length
     example = Example(np.zeros(size, dtype=np.int32), np.ones(size, dtype=np.float32))

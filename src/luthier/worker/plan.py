@@ -28,6 +28,7 @@ from luthier.tasks.registry import head_of
 from luthier.worker.foresight import Foresight, foresee
 from luthier.worker.judge import EXTRA_TOKENS, ROOM_FOR_REPLY
 from luthier.worker.loading import Placement, placed_on, prepare_data
+from luthier.worker.method_fit import check_for_encoder
 from luthier.worker.progress import Progress, SilentProgress
 
 CONTEXT_BYTES = 600 * 10**6
@@ -164,6 +165,7 @@ def plan_recipe(recipe: Recipe, gpu: str | None = None, progress: Progress | Non
     progress = progress or SilentProgress()
     size = gpu_bytes(gpu) if gpu is not None else None
     folder = tokenizer_folder(recipe.base, progress.note)
+    check_for_encoder(recipe, folder)
     placement = placed_on(recipe, "cpu" if size is None else "cuda", folder)
     with data_at_hand(recipe, folder) as data:
         return _plan(recipe, placement, data, gpu, size)

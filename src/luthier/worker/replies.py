@@ -191,6 +191,11 @@ class Replies:
 
 
 def _prompt(request: SampleRequest, renderer: Renderer) -> list[int]:
+    if renderer.sep_id is not None:
+        raise SamplingError(
+            "the base is an encoder, which reads texts and does not write",
+            "a base that writes, or rows for a model tuned on an encoder over /v1/luthier/predict",
+        )
     try:
         if request.messages is not None:
             if not renderer.can_chat:

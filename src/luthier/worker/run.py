@@ -40,6 +40,7 @@ from luthier.types import ExclusiveSpec
 from luthier.worker.exhibits import write_exhibits
 from luthier.worker.judging import Best, Judging, counted
 from luthier.worker.loading import adapter_spec, head_fields, prepare_data, public_name
+from luthier.worker.method_fit import check_for_encoder
 from luthier.worker.progress import Progress
 from luthier.worker.reference import with_reference
 from luthier.worker.result import RunResult, kept_result
@@ -80,6 +81,7 @@ class Run:
     def begin(cls, recipe: Recipe, base_folder: Path, progress: Progress, *, resume: bool) -> Run:
         """Check recipe and data, and open or create the run's folder, before the base is loaded."""
         require_for_scoring(recipe.task.type, task_for(recipe.task).needs)
+        check_for_encoder(recipe, base_folder)
         renderer = Renderer.load(base_folder, recipe.method.new_tokens)
         has_run = RunFolder(Path(recipe.output)).has_state
         if resume and has_run:

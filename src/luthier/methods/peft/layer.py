@@ -269,7 +269,7 @@ def _load_head(slot: OwnSlot, folder: Path) -> None:
     tensors, own = _head_tensors(folder), dict(slot.head.named_parameters())
     if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in own.items()}:
         found = f"{tensors['weight'].shape[0]} classes{', with a bias' if 'bias' in tensors else ''}"
-        raise RecipeError(f"start_from: {folder} has {found}", f"{slot.head.out_features}, as the data has")
+        raise RecipeError(f"start_from: {folder} has {found}", f"{slot.spec.num_classes}, as the data has")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

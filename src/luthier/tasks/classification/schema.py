@@ -24,7 +24,8 @@ class ClassificationConfig(Strict):
     """With `multiple`: the probability from which on a label is given."""
 
     head: Literal["linear", "words"] = "linear"
-    """`linear`: a new layer on the hidden state of the text's last token. `words`: the language model itself, which
+    """`linear`: a new layer on the hidden state of the text's last token, or on an encoder its own head on the first.
+    `words`: the language model itself, which
     learns to write the label and is asked how likely it finds each."""
     instruction: str = "Which label fits the text?"
     """With `head: words`: stands before the text; `{labels}` in it stands for all labels."""

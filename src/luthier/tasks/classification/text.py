@@ -1,10 +1,11 @@
 """What both heads of classification have in common: the text as tokens, and how labels are written in rows.
 
     [BOS, where the tokenizer adds one] text
+    [CLS] text [SEP]        for an encoder, whose head reads the first token
 
-The head reads the hidden state at the last token. transformers' `*ForSequenceClassification` reads it at the right-most
-token that is not the padding token; so that both are the same place, a text never ends in the padding token here: what
-stands there of it is taken off.
+A causal base's head reads the hidden state at the last token. transformers' `*ForSequenceClassification` reads it at
+the right-most token that is not the padding token; so that both are the same place, a text never ends in the padding
+token here: what stands there of it is taken off.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def read_text(text: str, renderer: Renderer, max_length: int, truncation: Trunca
     Raises:
         RowError: as `Task.examples`, and kind "empty" for a text without tokens.
     """
+    if renderer.sep_id is not None:
+        return _read_between(text, renderer, renderer.longest(max_length), truncation)
     ids = _strip_padding(renderer.with_bos(renderer.encode(text)), renderer.pad_id)
     if len(ids) > max_length and truncation == "error":
         raise too_long(len(ids), max_length)
@@ -39,8 +42,26 @@ def read_text(text: str, renderer: Renderer, max_length: int, truncation: Trunca
     tokens, _ = cut_to(tokens, weights, renderer.bos_id, max_length, truncation)
     tokens = np.asarray(_strip_padding(tokens.tolist(), renderer.pad_id), dtype=np.int32)
     if len(tokens) <= int(renderer.bos_id is not None):
-        raise RowError("text", f"{preview(text)} has no tokens of its own", "some text", kind="empty")
+        raise _without_tokens(text)
     return tokens
+
+
+def _read_between(text: str, renderer: Renderer, max_length: int, truncation: Truncation) -> NDArray[np.int32] | None:
+    """`read_text` for an encoder: the tokens between those that its tokenizer puts around a text."""
+    first, ids, last = renderer.between(renderer.encode(text))
+    if not ids:
+        raise _without_tokens(text)
+    most = max(max_length - len(first) - len(last), 1)
+    if len(ids) > most and truncation == "error":
+        raise too_long(len(ids) + len(first) + len(last), max_length)
+    if len(ids) > most and truncation == "drop":
+        return None
+    kept = ids[-most:] if truncation == "start" else ids[:most]
+    return np.asarray([*first, *kept, *last], dtype=np.int32)
+
+
+def _without_tokens(text: str) -> RowError:
+    return RowError("text", f"{preview(text)} has no tokens of its own", "some text", kind="empty")
 
 
 def parse_label(value: Any) -> str:

@@ -2,10 +2,12 @@
 
     once:   [BOS, where the tokenizer adds one] text
     twice:  [BOS, where the tokenizer adds one] text "\n" text     with tags in the second copy alone
+    of an encoder:  [CLS] text [SEP]
 
 The text is tokenized as a whole, as it is when the tuned model is used elsewhere, and a token belongs to the words
 whose characters it covers. A causal model has seen the whole of a word only at its last token, so the tag is read
-there; read twice, it has seen the words that follow too. Where one token ends two words, both have its tag: the first
+there; read twice, it has seen the words that follow too. An encoder sees the whole text at every token, and reads it
+once. Where one token ends two words, both have its tag: the first
 word's, or if that is O the second's.
 
 A text that is too long is split into windows at the ends of words, each read by itself; no word is lost.
@@ -172,16 +174,22 @@ class TaggingTask:
         if not readings:
             raise RowError("text", f"{preview(record.text)} has no tokens of its own", "some words", kind="empty")
         bos = [] if renderer.bos_id is None or ids[:1] == [renderer.bos_id] else [renderer.bos_id]
-        between = renderer.encode(SEPARATOR) if self.config.reads == "twice" else []
-        copies = 2 if self.config.reads == "twice" else 1
-        room = (max_length - len(bos) - len(between)) // copies
+        is_encoder = renderer.sep_id is not None
+        copies = 2 if self.config.reads == "twice" or (self.config.reads == "auto" and not is_encoder) else 1
+        between = renderer.encode(SEPARATOR) if copies == 2 else []
+        around = 2 if is_encoder else len(bos)
+        room = (renderer.longest(max_length) - around - len(between)) // copies
         windows = []
         for start, end in _cuts(sorted(readings), len(ids), max(room, 1)):
             inside = {at: words for at, words in readings.items() if start <= at < end}
+            behind: list[int] = []
+            if renderer.sep_id is not None:
+                bos = [renderer.bos_id] if renderer.bos_id not in (None, ids[start]) else []
+                behind = [renderer.sep_id] if ids[end - 1] != renderer.sep_id else []
             head = [*bos, *ids[start:end], *between] if copies == 2 else bos
             if inside:
                 moved = {len(head) + at - start: words for at, words in sorted(inside.items())}
-                windows.append(_Window([*head, *ids[start:end]], moved))
+                windows.append(_Window([*head, *ids[start:end], *behind], moved))
         return windows
 
 

@@ -12,14 +12,15 @@ from luthier.strict import Strict
 
 
 class TaggingConfig(Strict):
-    """Learn to find entities with a linear head on the hidden state of each word's last token."""
+    """Learn to find entities with a head on the hidden state of each word's last token."""
 
     type: Literal["tagging"] = "tagging"
     labels: list[str] | None = None
     """The types of entities in order; null takes those found in the training rows, sorted."""
-    reads: Literal["once", "twice"] = "twice"
+    reads: Literal["auto", "once", "twice"] = "auto"
     """Let the model read the text once, or once more before the tags are read, so that each word is seen with what
-    follows it (Springer et al. 2024, arXiv:2402.15449); twice costs twice the tokens."""
+    follows it (Springer et al. 2024, arXiv:2402.15449); twice costs twice the tokens. `auto`: twice, and once on an
+    encoder, which sees what follows by itself."""
 
     @field_validator("labels")
     @classmethod
