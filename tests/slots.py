@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
+from packaging.version import Version
 from torch import Tensor
 
 from luthier.base.load import Base
@@ -22,6 +24,8 @@ from luthier.types import AdapterSpec, Example
 
 Tokens = NDArray[np.int32]
 
+HEADS_ARE_READ = Version(transformers.__version__) >= Version("5.18")
+"""Before, transformers left the trained head of an adapter unread; peft reads it in every version."""
 LENGTHS = (3, 17, 40)
 """Shorter and longer than the sliding window (24) and LongRoPE's short class (32) of the tiny Phi-3."""
 

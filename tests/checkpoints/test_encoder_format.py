@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from slots import stirred
+from slots import HEADS_ARE_READ, stirred
 from tiny_models import write_tiny_encoder
 from torch import Tensor
 
@@ -56,8 +56,9 @@ def test_peft_and_transformers_alone_give_equal_logits(base: Base, kind: HeadKin
     assert config.id2label == {0: "cold", 1: "warm", 2: "hot"}
     assert config.pad_token_id == base.config.pad_token_id  # positions may be counted from it
     plain = auto_class(kind, of_peft=False)
-    directly = plain.from_pretrained(tmp_path, config=config, dtype="float64").eval()
-    assert distance(ours, model_logits(directly, sequences, classifies=is_sequence)) < TOLERANCE
+    if HEADS_ARE_READ:
+        directly = plain.from_pretrained(tmp_path, config=config, dtype="float64").eval()
+        assert distance(ours, model_logits(directly, sequences, classifies=is_sequence)) < TOLERANCE
     under = plain.from_pretrained(base.folder, config=config, dtype="float64")
     over = PeftModel.from_pretrained(under, tmp_path).eval()
     assert distance(ours, model_logits(over, sequences, classifies=is_sequence)) < TOLERANCE

@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from safetensors.torch import load_file
-from slots import distance, model_logits, peft_logits, random_sequences, sequences_for, slot_logits, stirred
+from slots import (
+    HEADS_ARE_READ,
+    distance,
+    model_logits,
+    peft_logits,
+    random_sequences,
+    sequences_for,
+    slot_logits,
+    stirred,
+)
 
 from luthier.base.load import Base, load_base
 from luthier.checkpoints.peft_format import (
@@ -24,8 +31,6 @@ from luthier.checkpoints.peft_format import (
 from luthier.errors import ModelError, RecipeError, StorageError
 from luthier.types import AdapterSpec
 
-HEADS_ARE_READ = Version(transformers.__version__) >= Version("5.18")
-"""Before, transformers left the trained head of an adapter unread; peft reads it in every version."""
 BASES = ("tiny_llama", "tiny_llama_tied", "tiny_phi3")
 SPECS = {
     "plain": AdapterSpec(rank=4, alpha=8.0),
