@@ -131,7 +131,6 @@ def test_the_card_s_lines_and_transformers_alone_predict_the_same(base: Path, tm
         (merged, AutoTokenizer.from_pretrained(tmp_path / "merged")),
     ):
         batch = tokenizer(texts, padding=True, return_tensors="pt")
-        batch.pop("token_type_ids", None)
         with torch.inference_mode():
             probabilities = model(**batch).logits.softmax(-1)
         for line, row in zip(lines, probabilities.tolist(), strict=True):
