@@ -24,7 +24,7 @@ FORMAT = 1
 LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 """Who trains the folder now: `worker/run_lock.py` keeps them."""
 
-MAY_CHANGE = ("output", "compute.devices", "compute.zero", "compute.offload")
+MAY_CHANGE = ("output", "compute.devices", "compute.zero", "compute.offload", "compute.deepspeed")
 """Fields in which a resume may differ: where the folder is now, over how many processes it goes on, and what of the
 states they share out."""
 
