@@ -10,6 +10,7 @@ from engine.conftest import random_examples, run_all
 from torch import Tensor
 
 from luthier.base.load import Base, load_base
+from luthier.distributed.held_states import held_states
 from luthier.distributed.torch_ranks import connected
 from luthier.distributed.zero import ZeroOptimizer
 from luthier.distributed.zero_config import zero_config
@@ -24,10 +25,32 @@ SETTINGS = [
     *(("full", stage, "none") for stage in (1, 2, 3)),
     ("full", 2, "optimizer"),
     ("full", 3, "parameters"),
+    *(("full", stage, "own") for stage in (2, 3)),
     ("last_layers", 3, "none"),
     *(("lora", stage, "none") for stage in (1, 2, 3)),
 ]
-"""Method, stage and what is offloaded."""
+"""Method, stage and what is offloaded; or "own": nothing, and DeepSpeed's values are a user's."""
+
+OWN = {
+    2: {
+        "overlap_comm": True,
+        "contiguous_gradients": False,
+        "reduce_scatter": False,
+        "round_robin_gradients": True,
+        "parameter_alignment": True,
+        "reduce_bucket_size": 3000,
+        "allgather_bucket_size": 4000,
+    },
+    3: {
+        "overlap_comm": True,
+        "sub_group_size": 20_000,
+        "reduce_bucket_size": 5000,
+        "stage3_prefetch_bucket_size": 2000,
+        "stage3_param_persistence_threshold": 100,
+        "stage3_max_live_parameters": 20_000,
+        "stage3_max_reuse_distance": 0,
+    },
+}
 
 TRAIN = TrainSpec(
     epochs=9.0, max_steps=5, batch_size=5, learning_rate=1e-2, seed=1, micro_batch_tokens=40, weight_decay=0.1
@@ -46,7 +69,9 @@ def outcome(folder: Path, method: str, stage: int, offload: str, ranks: Ranks) -
         base, slot = own, own.slot  # type: ignore[assignment]
     base.head_is_plain = base.head_is_plain and stage < 3
     largest = max(p.numel() for p in slot.parameters().values()) if method == "lora" else 0
-    config = zero_config(stage, offload, 1.0, is_bfloat16=False, largest_kept_whole=largest) if stage else {}
+    own = {"zero_optimization": OWN[stage]} if offload == "own" else {}
+    away = "none" if own else offload
+    config = zero_config(stage, away, 1.0, is_bfloat16=False, largest_kept_whole=largest, own=own) if stage else {}
 
     def make(parameters, spec, total_steps, ratios, hooks, flat):  # type: ignore[no-untyped-def]
         return ZeroOptimizer(parameters, spec, total_steps, ratios, base, ranks, config)
@@ -55,6 +80,15 @@ def outcome(folder: Path, method: str, stage: int, offload: str, ranks: Ranks) -
     engine = Engine(base, ranks=ranks)
     engine.add(job)
     job.optimizer.shard()
+    held: list[list[int]] = []
+    step = job.optimizer.step
+
+    def counted(norm: float | None = None) -> tuple[float, float]:
+        states = held_states(base, job.optimizer)
+        held.append([states.weights, states.gradients, states.optimizer])
+        return step(norm)
+
+    job.optimizer.step = counted  # type: ignore[method-assign]
     reports = run_all(engine)["job"]
     with job.optimizer.consolidated() as whole:
         values, moments = dict(whole), job.optimizer.state()
@@ -63,6 +97,7 @@ def outcome(folder: Path, method: str, stage: int, offload: str, ranks: Ranks) -
         "losses": torch.tensor([report.loss for report in reports]),
         "norms": torch.tensor([report.grad_norm for report in reports]),
         "tokens": torch.tensor([report.num_tokens for report in reports]),
+        "held": torch.tensor(held[-1]),
     }
     found |= {name: tensor.detach().clone() for name, tensor in slot.parameters().items()}
     if ranks.rank == 0:
