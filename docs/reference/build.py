@@ -62,7 +62,7 @@ def page() -> str:
 
 def _zero_table() -> str:
     """Which methods train under which stage of ZeRO."""
-    lines = ["Methods under ZeRO; `own weights` are `full`, `last_layers` and `bias`, `peft` all of peft's:", ""]
+    lines = ["Methods under ZeRO; `over NF4` are `qlora`, and `dora` and `ia3` with `quantization: nf4`:", ""]
     lines += ["| method | `zero: 1` | `zero: 2` | `zero: 3` |", "|---|---|---|---|"]
     for kind in dict.fromkeys(kind for kind, _ in ZERO_TABLE):
         cells = [ZERO_TABLE[kind, stage] for stage in (1, 2, 3)]

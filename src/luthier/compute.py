@@ -16,27 +16,40 @@ from luthier.deepspeed_file import read_deepspeed_file, stage_and_offload
 from luthier.errors import RecipeError
 from luthier.strict import Strict
 
-MethodKind = Literal["own weights", "lora", "the bank's others", "peft"]
+MethodKind = Literal["full, last_layers, bias", "lora", "dora", "ia3", "over NF4", "adalora", "other methods of peft"]
 
 _READS_WEIGHTS = (
     "it computes with the base's weights outside their layers' forward, and there each process holds a part of them"
 )
+_NO_PARAMETERS = "a base in 4 bits is no parameter, and DeepSpeed shares out parameters alone"
+_WHOLE_GRADIENTS = "what it does around a step needs whole gradients"
+_NOT_SHOWN = "it has not been shown to train so"
 
 ZERO_TABLE: dict[tuple[MethodKind, int], str] = {
-    ("own weights", 1): "",
-    ("own weights", 2): "",
-    ("own weights", 3): "",
+    ("full, last_layers, bias", 1): "",
+    ("full, last_layers, bias", 2): "",
+    ("full, last_layers, bias", 3): "",
     ("lora", 1): "",
     ("lora", 2): "",
     ("lora", 3): "",
-    ("the bank's others", 1): "it has not been shown to train so",
-    ("the bank's others", 2): "it has not been shown to train so",
-    ("the bank's others", 3): _READS_WEIGHTS,
-    ("peft", 1): "what it does around a step needs whole gradients",
-    ("peft", 2): "what it does around a step needs whole gradients",
-    ("peft", 3): _READS_WEIGHTS,
+    ("dora", 1): "",
+    ("dora", 2): "",
+    ("dora", 3): _READS_WEIGHTS,
+    ("ia3", 1): "",
+    ("ia3", 2): "",
+    ("ia3", 3): _NOT_SHOWN,
+    ("over NF4", 1): "",
+    ("over NF4", 2): "",
+    ("over NF4", 3): _NO_PARAMETERS,
+    ("adalora", 1): _WHOLE_GRADIENTS,
+    ("adalora", 2): _WHOLE_GRADIENTS,
+    ("adalora", 3): _WHOLE_GRADIENTS,
+    ("other methods of peft", 1): _NOT_SHOWN,
+    ("other methods of peft", 2): _NOT_SHOWN,
+    ("other methods of peft", 3): _READS_WEIGHTS,
 }
-"""(kind of method, stage) -> why it is refused, or "" where it works. Offload changes nothing about it."""
+"""(kind of method, stage) -> why it is refused, or "" where it works. Offload changes nothing about it. `over NF4` is
+qlora, and dora or ia3 over a base in 4 bits."""
 
 
 class ComputeConfig(Strict):

@@ -138,7 +138,6 @@ FIELDS: dict[str, Rule] = {
             "overlap_comm",
             "sub_group_size",
             "ignore_unused_parameters",
-            "round_robin_gradients",
             "parameter_alignment",
             "override_module_apply",
             "log_trace_cache_warnings",
@@ -155,6 +154,9 @@ FIELDS: dict[str, Rule] = {
     },
     "zero_optimization.stage3_model_persistence_threshold": Rule(
         "refused", "lora's factors must stay whole, however many they are"
+    ),
+    "zero_optimization.round_robin_gradients": Rule(
+        "fixed", "what DeepSpeed then gives back of a parameter, for a checkpoint, is not that parameter's", False
     ),
     "zero_optimization.memory_efficient_linear": Rule(
         "fixed", "it would replace torch's linear function in the whole process", False

@@ -197,6 +197,8 @@ class ZeroOptimizer(JobOptimizer):
         found = float(self._engine.get_global_grad_norm())
         if not self._engine.was_step_applied():
             return math.inf, rate
+        # DeepSpeed writes past autograd's count of writes, by which what is derived of a parameter is told stale.
+        torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.num_steps += 1
         return found, rate
 

@@ -25,20 +25,26 @@ from luthier.worker.loading import device_of, dtype_on
 _BESIDE_OTHERS = "DeepSpeed steps all that trains in a process at once, and jobs of a bank step by themselves"
 _HEAD = "the head is read outside a forward of its own, and there each process holds a part of it"
 _IN_FULL = "modules or tokens that train whole beside the factors have not been shown to train so"
+_UNSCALED = "gradients held so need a scaled loss, which there is not; bfloat16 needs none"
 _OPTIMIZER = "DeepSpeed shares out torch's AdamW alone"
 
 _KEPT_WHOLE = "stage3_param_persistence_threshold"
 
 _OWN_WEIGHTS = ("full", "last_layers", "bias")
+_BANK: dict[str, MethodKind] = {"lora": "lora", "dora": "dora", "ia3": "ia3"}
 
 
-def kind_of(method: str, runs: str) -> MethodKind:
+def kind_of(recipe: Recipe) -> MethodKind:
     """The row of `ZERO_TABLE` that a recipe's method belongs to."""
-    if method in _OWN_WEIGHTS:
-        return "own weights"
-    if method == "lora":
-        return "lora"
-    return "the bank's others" if runs == "bank" else "peft"
+    method = recipe.method
+    if method.type in _OWN_WEIGHTS:
+        return "full, last_layers, bias"
+    if method.quantization is not None:
+        return "over NF4"
+    if method.runs == "bank":
+        return _BANK[method.type]
+    is_adalora = method.type == "adalora" or getattr(method, "name", "").casefold() == "adalora"
+    return "adalora" if is_adalora else "other methods of peft"
 
 
 def check_zero(recipes: Sequence[Recipe]) -> None:
@@ -56,7 +62,7 @@ def check_zero(recipes: Sequence[Recipe]) -> None:
         if problem:
             raise RecipeError(
                 f"{recipe.output}: compute.zero is {recipe.compute.zero}, and {problem}",
-                "a recipe that trains alone, with full, last_layers, bias or lora",
+                "a recipe that trains alone, with a method of the table in docs/reference/recipe.md",
                 "set compute.zero: 0 for plain data parallelism, or choose another method",
             )
         _check_file(recipe)
@@ -73,8 +79,10 @@ def _check_file(recipe: Recipe) -> None:
 
 def _problem(recipe: Recipe) -> str:
     method, stage = recipe.method, recipe.compute.zero
-    if problem := ZERO_TABLE[kind_of(method.type, method.runs), stage]:
+    if problem := ZERO_TABLE[kind_of(recipe), stage]:
         return f"method is {method.type}: {problem}"
+    if method.type in _OWN_WEIGHTS and recipe.train.dtype == "float16":
+        return f"train.dtype is float16: {_UNSCALED}"
     if recipe.train.optimizer != "adamw":
         return f"train.optimizer is {recipe.train.optimizer}: {_OPTIMIZER}"
     if stage < WEIGHTS_STAGE:
