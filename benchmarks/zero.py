@@ -9,7 +9,8 @@ when all gradients are there (`luthier/distributed/held_states.py`); the formula
 arXiv:1910.02054, section 5 (`luthier/engine/zero_states.py`).
 
 `--overhead` measures what one process loses by the way through ranks and through each stage of ZeRO against the plain
-way: sides in turn, medians of `--repeats`.
+way: sides in turn, medians of `--repeats`, by the processor time of the process, which others on the machine disturb
+less than wall time; both are told.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +46,9 @@ TOLERANCE = 1e-4
 """Wanted of the largest relative difference of a stage's losses from one process's, in float32."""
 
 STAGES = (0, 1, 2, 3)
+WARMUP = 2
+"""Steps that no rate counts."""
+
 PLAIN = 0
 """The size of a side without ranks."""
 RATES = {"full": 2e-5, "lora": 5e-4}
@@ -75,8 +80,10 @@ def train(arguments: argparse.Namespace) -> None:
         job.optimizer.shard()
         found: list[ModelStates] = []
         step = job.optimizer.step
+        cpu_seconds: list[float] = []
 
         def counted(norm: float | None = None) -> tuple[float, float]:
+            cpu_seconds.append(time.process_time())
             if job.step == arguments.steps - 1:
                 found.append(held_states(base, job.optimizer))
             return step(norm)
@@ -85,9 +92,10 @@ def train(arguments: argparse.Namespace) -> None:
         measured = measure(engine)
         trained = sum(parameter.numel() for parameter in slot.parameters().values())
         frozen = sum(parameter.numel() for parameter in base.frozen_parameters())
-    held = asdict(found[0])
-    itemsize = base.dtype.itemsize
-    print(json.dumps({**asdict(measured), "held": held, "sizes": [frozen, trained, itemsize]}))
+    # The tokens of a step lie between the step before and itself; the first ones are the warm-up.
+    rate = sum(measured.num_tokens[WARMUP + 1 :]) / (cpu_seconds[-1] - cpu_seconds[WARMUP])
+    sizes = [frozen, trained, base.dtype.itemsize]
+    print(json.dumps({**asdict(measured), "cpu_rate": rate, "held": asdict(found[0]), "sizes": sizes}))
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -162,20 +170,29 @@ def show(row: dict[str, Any]) -> None:
 def overhead(arguments: argparse.Namespace, method: str) -> list[dict[str, Any]]:
     """One process by every way, in turn."""
     sides = {"plain": (PLAIN, 0), "ranks, one process": (1, 0), **{f"zero: {stage}": (1, stage) for stage in (1, 2, 3)}}
-    runs: dict[str, list[Measured]] = {name: [] for name in sides}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    wall: dict[str, list[float]] = {name: [] for name in sides}
+    peaks: dict[str, list[int]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
         for name, (size, stage) in sides.items():
             (said,) = run_side(arguments, method, size, stage)
-            runs[name].append(Measured(**{field: said[field] for field in Measured.__dataclass_fields__}))
-    rates = {name: [run.tokens_per_second() for run in found] for name, found in runs.items()}
+            measured = Measured(**{part: said[part] for part in Measured.__dataclass_fields__})
+            rates[name].append(said["cpu_rate"])
+            wall[name].append(measured.tokens_per_second(WARMUP + 1))
+            peaks[name].append(measured.peak_bytes)
+            print(f"{method}, {name}: {rates[name][-1]:.1f} tokens a processor second", flush=True)
     plain = statistics.median(rates["plain"])
-    rows = []
-    for name, found in rates.items():
-        rate = statistics.median(found)
-        peak = statistics.median(run.peak_bytes for run in runs[name])
-        rows.append({"method": method, "name": name, "rates": found, "ratio": rate / plain, "peak_bytes": peak})
-        print(f"{method}, {name}: {rate:.1f} tokens/s, {rate / plain:.3f} of plain, {mib(int(peak))}", flush=True)
-    return rows
+    return [
+        {
+            "method": method,
+            "name": name,
+            "rates": rates[name],
+            "wall_rates": wall[name],
+            "ratio": statistics.median(rates[name]) / plain,
+            "peak_bytes": statistics.median(peaks[name]),
+        }
+        for name in sides
+    ]
 
 
 # -- the page
@@ -233,14 +250,19 @@ def _overhead_lines(facts: dict[str, Any]) -> list[str]:
     repeats = len(facts["overhead"][0]["rates"])
     lines = ["", "## One process by each way", ""]
     lines += [
-        f"Tokens/s of one process of one thread, and its peak memory: medians of {repeats} runs, the ways in turn."
+        f"One process of one thread; medians of {repeats} runs, the ways in turn. Tokens a second of the process's own"
     ]
-    lines += ["", "| method | way | tokens/s | of plain | from - to | MiB |", "|---|---|---|---|---|---|"]
+    lines += [
+        "processor time, and of wall time, which others on the machine disturb. `plain` has the fast body (lora), which"
+    ]
+    lines += ["ZeRO cannot use: without ZeRO, `compute.devices: 1` is `plain` itself.", ""]
+    lines += ["| method | way | tokens / processor s | of plain | from - to | tokens / s | MiB |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for row in facts["overhead"]:
-        rate = statistics.median(row["rates"])
+        rate, wall = statistics.median(row["rates"]), statistics.median(row["wall_rates"])
         span = f"{min(row['rates']):,.1f} - {max(row['rates']):,.1f}"
-        cells = [row["method"], row["name"], f"{rate:,.1f}", f"{row['ratio']:.3f}", span, mib(int(row["peak_bytes"]))]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [row["method"], row["name"], f"{rate:,.1f}", f"{row['ratio']:.3f}", span, f"{wall:,.1f}"]
+        lines.append("| " + " | ".join([*cells, mib(int(row["peak_bytes"]))]) + " |")
     return lines
 
 
