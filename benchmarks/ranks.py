@@ -11,17 +11,13 @@ memory, and the largest relative difference of the loss curves. Wanted: 1.7 time
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from sets import render
-from side import Measured, measure, report
+from side import Measured, measure, report, run_ranks
 
 from luthier.base.fetch import resolve
 from luthier.base.load import load_base
@@ -37,7 +33,7 @@ PLAIN = 0
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """One process of one side; the first reports."""
+    """One process of one side."""
     torch.set_num_threads(arguments.threads)
     folder = resolve(arguments.base)
     examples = render(arguments.data, "banking77", "train", Renderer.load(folder))
@@ -52,24 +48,14 @@ def train(arguments: argparse.Namespace) -> None:
         engine = Engine(base, ranks=ranks)
         engine.add(job)
         measured = measure(engine)
-    if arguments.rank == 0:
-        report(measured)
+    report(measured)
 
 
 def run_side(arguments: argparse.Namespace, size: int) -> Measured:
     """Start a side's processes and read what the first measured."""
     flags = ["--data", str(arguments.data), "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
-    flags += ["--batch-size", str(arguments.batch_size), "--base", arguments.base, "--size", str(size)]
-    with tempfile.TemporaryDirectory() as folder:
-        flags += ["--meeting", (Path(folder) / "meeting").as_uri()]
-        processes = [
-            subprocess.Popen([sys.executable, __file__, *flags, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
-            for rank in range(max(1, size))
-        ]
-        said = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit(f"a process of the side of {size} failed")
-    return Measured(**json.loads(said[0].strip().splitlines()[-1]))
+    flags += ["--batch-size", str(arguments.batch_size), "--base", arguments.base]
+    return Measured(**run_ranks(Path(__file__), flags, size)[0])
 
 
 def compare(arguments: argparse.Namespace) -> None:

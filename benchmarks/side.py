@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -66,3 +67,21 @@ def run_side(script: Path, arguments: Sequence[str]) -> Measured:
     done = subprocess.run([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True, check=True)
     values: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return Measured(**values)
+
+
+def run_ranks(script: Path, arguments: Sequence[str], size: int) -> list[dict[str, Any]]:
+    """Run `script` as `size` processes that meet, and read what each has to say.
+
+    Each gets `--size`, `--rank` and `--meeting`, a place for torch.distributed, besides `arguments`. A size of 0 is one
+    process without ranks.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*arguments, "--size", str(size), "--meeting", (Path(folder) / "meeting").as_uri()]
+        processes = [
+            subprocess.Popen([sys.executable, str(script), *flags, "--rank", str(n)], stdout=subprocess.PIPE, text=True)
+            for n in range(max(1, size))
+        ]
+        said = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"a process of {script.name} {' '.join(arguments)} failed")
+    return [json.loads(text.strip().splitlines()[-1]) for text in said]

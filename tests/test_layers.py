@@ -38,7 +38,7 @@ def _modules(*parts: str) -> list[str]:
 
 
 def _core() -> list[str]:
-    single = ("compute", "errors", "files", "imports", "recipe", "settings", "strict", "types")
+    single = ("compute", "deepspeed_file", "errors", "files", "imports", "recipe", "settings", "strict", "types")
     names = [name for part in (*single, "data", "tasks") for name in _modules(part)]
     names += [name for name in _modules("methods") if name.endswith("config")]
     # Not core, but what a check and the service need to find a base without loading torch.

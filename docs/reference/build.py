@@ -15,7 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from luthier.compute import NOT_THERE, ZERO_TABLE, ComputeConfig
+from luthier.compute import ZERO_TABLE, ComputeConfig
+from luthier.deepspeed_file import FIELDS, Rule
 from luthier.files import write_text
 from luthier.methods.config import MethodConfig
 from luthier.methods.exclusive.config import ExclusiveConfig
@@ -55,25 +56,51 @@ def page() -> str:
     parts += [_section(f"`task: {_type_of(task)}`", task) for task in choices(TaskConfig)]
     parts += [_method_section(method) for method in choices(MethodConfig)]
     parts += [_section("`train`", TrainConfig), _section("`evaluation`", EvaluationConfig)]
-    parts += [_section("`compute`", ComputeConfig), _refusals(), _zero_table()]
+    parts += [_section("`compute`", ComputeConfig), _zero_table(), _deepspeed_table()]
     return "\n".join(parts)
-
-
-def _refusals() -> str:
-    """What `compute` names and does not do yet."""
-    lines = ["Refused for now, each with its reason:", "", "| value | reason |", "|---|---|"]
-    lines += [f"| `{field}: {value}` | {reason} |" for (field, value), reason in NOT_THERE.items()]
-    return "\n".join(lines) + "\n"
 
 
 def _zero_table() -> str:
     """Which methods train under which stage of ZeRO."""
-    lines = ["Methods under ZeRO; `own weights` are `full`, `last_layers` and `bias`, `peft` all of peft's:", ""]
+    lines = ["Methods under ZeRO; `over NF4` are `qlora`, and `dora` and `ia3` with `quantization: nf4`:", ""]
     lines += ["| method | `zero: 1` | `zero: 2` | `zero: 3` |", "|---|---|---|---|"]
     for kind in dict.fromkeys(kind for kind, _ in ZERO_TABLE):
         cells = [ZERO_TABLE[kind, stage] for stage in (1, 2, 3)]
         lines.append(f"| {kind} | " + " | ".join(f"refused: {cell}" if cell else "yes" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+_RULES = {
+    "recipe": "the recipe's: {note}",
+    "fixed": "{value} alone: {note}",
+    "unused": "no effect: {note}",
+    "refused": "refused, unless off: {note}",
+    "passed": "DeepSpeed's",
+}
+
+
+def _deepspeed_table() -> str:
+    """What becomes of the fields of a DeepSpeed file."""
+    lines = ["### `compute.deepspeed`", ""]
+    lines += ['Fields of a DeepSpeed file of your own; others are errors. `"auto"` leaves any of them to the recipe,']
+    lines += ["to Luthier or to DeepSpeed's default. Those of the recipe must say what it says.", ""]
+    lines += ["| what becomes of them | fields |", "|---|---|"]
+    groups: dict[str, list[str]] = {}
+    for name, rule in FIELDS.items():
+        groups.setdefault(_rule_text(rule), []).append(f"`{name}`")
+    lines += [f"| {text} | {', '.join(names)} |" for text, names in sorted(groups.items(), key=_by_kind)]
+    return "\n".join(lines) + "\n"
+
+
+def _rule_text(rule: Rule) -> str:
+    note = f"`{rule.note}`" if rule.kind == "recipe" else rule.note
+    note += "".join(f", {ours} as `{json.dumps(theirs)}`" for ours, theirs in rule.words.items())
+    return _RULES[rule.kind].format(note=note, value=f"`{json.dumps(rule.value)}`")
+
+
+def _by_kind(group: tuple[str, list[str]]) -> int:
+    kinds = list(_RULES)
+    return kinds.index(FIELDS[group[1][0].strip("`")].kind)
 
 
 def choices(union: Any) -> list[type[BaseModel]]:

@@ -1,48 +1,55 @@
 """The machine's part of a recipe: the device, threads, and over how many processes one training goes.
 
-What the format names and this version cannot do yet stands in `NOT_THERE`, which methods train under ZeRO in
-`ZERO_TABLE`; the reference of the recipe prints both.
+Which methods train under ZeRO stands in `ZERO_TABLE`, which fields of a DeepSpeed file are read in
+`luthier/deepspeed_file.py`; the reference of the recipe prints both.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Set
+from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from luthier.deepspeed_file import read_deepspeed_file, stage_and_offload
+from luthier.errors import RecipeError
 from luthier.strict import Strict
 
-NOT_THERE: dict[tuple[str, str], str] = {
-    (
-        "deepspeed",
-        "a file",
-    ): "a DeepSpeed configuration of your own is not read yet: leave it out, and set `zero` and `offload`",
-}
-"""(field, value) -> why it is refused and what to do."""
-
-
-MethodKind = Literal["own weights", "lora", "the bank's others", "peft"]
+MethodKind = Literal["full, last_layers, bias", "lora", "dora", "ia3", "over NF4", "adalora", "other methods of peft"]
 
 _READS_WEIGHTS = (
     "it computes with the base's weights outside their layers' forward, and there each process holds a part of them"
 )
+_NO_PARAMETERS = "a base in 4 bits is no parameter, and DeepSpeed shares out parameters alone"
+_WHOLE_GRADIENTS = "what it does around a step needs whole gradients"
+_NOT_SHOWN = "it has not been shown to train so"
 
 ZERO_TABLE: dict[tuple[MethodKind, int], str] = {
-    ("own weights", 1): "",
-    ("own weights", 2): "",
-    ("own weights", 3): "",
+    ("full, last_layers, bias", 1): "",
+    ("full, last_layers, bias", 2): "",
+    ("full, last_layers, bias", 3): "",
     ("lora", 1): "",
     ("lora", 2): "",
     ("lora", 3): "",
-    ("the bank's others", 1): "it has not been shown to train so",
-    ("the bank's others", 2): "it has not been shown to train so",
-    ("the bank's others", 3): _READS_WEIGHTS,
-    ("peft", 1): "what it does around a step needs whole gradients",
-    ("peft", 2): "what it does around a step needs whole gradients",
-    ("peft", 3): _READS_WEIGHTS,
+    ("dora", 1): "",
+    ("dora", 2): "",
+    ("dora", 3): _READS_WEIGHTS,
+    ("ia3", 1): "",
+    ("ia3", 2): "",
+    ("ia3", 3): _NOT_SHOWN,
+    ("over NF4", 1): "",
+    ("over NF4", 2): "",
+    ("over NF4", 3): _NO_PARAMETERS,
+    ("adalora", 1): _WHOLE_GRADIENTS,
+    ("adalora", 2): _WHOLE_GRADIENTS,
+    ("adalora", 3): _WHOLE_GRADIENTS,
+    ("other methods of peft", 1): _NOT_SHOWN,
+    ("other methods of peft", 2): _NOT_SHOWN,
+    ("other methods of peft", 3): _READS_WEIGHTS,
 }
-"""(kind of method, stage) -> why it is refused, or "" where it works. Offload changes nothing about it."""
+"""(kind of method, stage) -> why it is refused, or "" where it works. Offload changes nothing about it. `over NF4` is
+qlora, and dora or ia3 over a base in 4 bits."""
 
 
 class ComputeConfig(Strict):
@@ -62,7 +69,8 @@ class ComputeConfig(Strict):
     """What waits in the host's memory while a GPU does not need it: the optimizer's state from stage 1 on; weights too
     at stage 3."""
     deepspeed: str | None = None
-    """A DeepSpeed configuration file of your own."""
+    """A DeepSpeed configuration file of your own, in JSON. Stage and offload may stand there alone; what else it says
+    must not be otherwise in the recipe."""
 
     @field_validator("device")
     @classmethod
@@ -82,15 +90,37 @@ class ComputeConfig(Strict):
     @model_validator(mode="after")
     def _offload_has_its_stage(self) -> ComputeConfig:
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
-        if self.zero < least:
+        if self.zero < least and not (self.deepspeed and self.zero == 0):  # the file may name the stage
             raise ValueError(f"offload: {self.offload} is DeepSpeed's, and needs zero: {least} or more")
         return self
 
-    @field_validator("deepspeed")
-    @classmethod
-    def _is_there(cls, value: object, info: ValidationInfo) -> object:
-        known = "a file" if info.field_name == "deepspeed" and value is not None else str(value)
-        reason = NOT_THERE.get((str(info.field_name), known))
-        if reason is not None:
-            raise ValueError(reason)
-        return value
+
+def filled_from_file(compute: ComputeConfig, given: Set[str]) -> dict[str, Any]:
+    """The section's values with the stage and offload that its DeepSpeed file names.
+
+    Args:
+        given: Fields that the recipe sets itself.
+
+    Raises:
+        RecipeError: when the file cannot be read, recipe and file differ, or neither names a stage.
+    """
+    file = compute.deepspeed
+    if file is None:
+        return compute.model_dump()
+    said = stage_and_offload(read_deepspeed_file(file), file)
+    for name, value in said.items():
+        ours = getattr(compute, name)
+        if name in given and ours != value:
+            raise RecipeError(
+                f"compute.{name} is {ours}, and {file} says {value}",
+                "the same from both, or from one alone",
+                f"take compute.{name} out of the recipe, or mend the file",
+            )
+    filled = compute.model_dump() | said
+    if not filled["zero"]:
+        raise RecipeError(
+            f"compute.deepspeed is {file}, and no stage of ZeRO is named",
+            "zero_optimization.stage 1, 2 or 3 in the file, or compute.zero in the recipe",
+            "plain data parallelism needs no DeepSpeed: leave compute.deepspeed out for it",
+        )
+    return filled

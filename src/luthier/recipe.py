@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from luthier.compute import ComputeConfig
+from luthier.compute import ComputeConfig, filled_from_file
 from luthier.errors import RecipeError, nearest
 from luthier.methods.config import MethodConfig
 from luthier.strict import Strict
@@ -210,7 +210,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
         overrides: `--set` strings such as "train.epochs=3"; the value is read as YAML.
 
     Raises:
-        RecipeError: for a missing file, broken YAML, an unknown field (the nearest known one is named), a wrong value.
+        RecipeError: for a missing file, broken YAML, an unknown field (the nearest known one is named), a wrong value,
+            or a DeepSpeed file that cannot be read or says another stage.
     """
     if isinstance(source, Recipe):
         values: Any = source.model_dump(mode="json")
@@ -231,7 +232,11 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
     recipe = validate(Recipe, values, where)
     if isinstance(source, str | Path):
         recipe = _resolve_paths(recipe, Path(source).resolve().parent)
-    return recipe
+    if recipe.compute.deepspeed is None:
+        return recipe
+    given = source.compute.model_fields_set if isinstance(source, Recipe) else recipe.compute.model_fields_set
+    compute = validate(ComputeConfig, filled_from_file(recipe.compute, given), recipe.compute.deepspeed)
+    return recipe.model_copy(update={"compute": compute})
 
 
 def validate(model: type[Model], values: dict[str, Any], where: str) -> Model:
@@ -338,7 +343,10 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         files = [resolve(name) for name in replay.file] if isinstance(replay.file, list) else resolve(replay.file)
         replay = replay.model_copy(update={"file": files})
     data = data.model_copy(update={"train": train, "validation": validation, "replay": replay})
-    return recipe.model_copy(update={"data": data})
+    compute = recipe.compute
+    if compute.deepspeed is not None:
+        compute = compute.model_copy(update={"deepspeed": resolve(compute.deepspeed)})
+    return recipe.model_copy(update={"data": data, "compute": compute})
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:

@@ -162,7 +162,7 @@ def test_the_state_says_who_died_and_keeps_the_trace_of_a_kill(tiny_llama: Path,
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("deepspeed", "my.json", "not read yet"),
+        ("deepspeed", "none.json", "is not there"),
         ("zero", 4, "0, 1, 2 or 3"),
         ("devices", 0, "a number of processes is 1 or more"),
         ("devices", "many", "found 'many'; a number of processes"),

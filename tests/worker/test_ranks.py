@@ -2,10 +2,14 @@
 
 Each test starts processes, so they are few; what holds between ranks is shown with threads in
 `tests/engine/test_rounds.py`, and what watches processes with a fake in `tests/worker/test_crew.py`.
+
+LUTHIER_TEST_RANK_KILLS sets how often a rank is killed in each test that does so, here and in
+`tests/worker/test_zero.py`; by default once.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -20,19 +24,23 @@ import rank_jobs
 import torch
 import yaml
 from engine.conftest import widen_norms
-from processes import children_running
+from processes import children_running, free_port
 from safetensors.torch import load_file
 
 import luthier
+from luthier.checkpoints.checkpoint import latest_checkpoint, step_of
 from luthier.engine.ranks import ALONE
 from luthier.errors import ProcessLostError, RunError
 from luthier.worker.progress import SilentProgress
 
 WORDS = ["red", "green", "blue", "warm", "cold", "bright", "dim", "lamp", "door", "fan"]
-EPOCHS = 6
-"""Of four steps: long enough that what is done to the processes at a step reaches them before the last."""
 TOLERANCE = 1e-4
 """Of float32, whose sums over two processes are taken in another order."""
+
+NUM_KILLS = int(os.environ.get("LUTHIER_TEST_RANK_KILLS", "1"))
+# Long enough that what reaches the other processes late still finds them at work.
+NUM_EPOCHS = 4 + 2 * NUM_KILLS
+NUM_STEPS = 4 * NUM_EPOCHS
 
 
 def recipe_for(base: Path, folder: Path, name: str, *, devices: int = 1, method: Any = None, **train: Any) -> dict:
@@ -46,11 +54,16 @@ def recipe_for(base: Path, folder: Path, name: str, *, devices: int = 1, method:
         "base": str(base),
         "data": {"train": str(data), "validation": 0.2},
         "method": method or {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
-        "train": {"epochs": EPOCHS, "batch_size": 8, "learning_rate": 1e-2, "max_length": 128, **train},
+        "train": {"epochs": NUM_EPOCHS, "batch_size": 8, "learning_rate": 1e-2, "max_length": 128, **train},
         "evaluation": {"rows": 4, "max_new_tokens": 8},
         "compute": {"device": "cpu", "threads": 1, "devices": devices},
         "output": str(folder / name),
     }
+
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install 'luthier[deepspeed]'"
+)
 
 
 def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -94,7 +107,23 @@ def press_ctrl_c() -> None:
 def kill_a_rank() -> None:
     ranks = children_running("luthier.worker.launch.process")
     assert len(ranks) == 2
-    max(ranks, key=lambda process: (process.create_time(), process.pid)).kill()  # both may begin in one tick
+    random.choice(ranks).kill()
+
+
+def last_step(run: Path) -> int:
+    """Of the last checkpoint; 0 where there is none."""
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    return step_of(checkpoint) if checkpoint is not None else 0
+
+
+def kill_and_resume(recipe: dict[str, Any], num_steps: int) -> None:
+    """Begin, or go on, and kill a rank at a random one of the next `num_steps` steps; as often as is asked for."""
+    first, killed = last_step(Path(recipe["output"])), r"rank [01] of 2 ended the training: its process was killed by"
+    for left in range(NUM_KILLS, 0, -1):
+        step = last_step(Path(recipe["output"]))
+        at = step + random.randint(1, max(1, (first + num_steps - step) // left))
+        with pytest.raises(ProcessLostError, match=rf"{killed} signal 9"):
+            luthier.train(recipe, resume=True, progress=At(at, kill_a_rank))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +178,7 @@ def test_ctrl_c_saves_and_one_process_goes_on(tiny_llama: Path, whole: Path, tmp
         luthier.train(recipe, progress=At(3, press_ctrl_c))
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert state["status"] == "interrupted"
-    assert 3 <= state["step"] < 4 * EPOCHS
+    assert 3 <= state["step"] < NUM_STEPS
     luthier.train(recipe_for(tiny_llama, tmp_path, "run"), resume=True)
     assert_equal_runs(tmp_path / "run", whole)
 
@@ -158,11 +187,10 @@ def test_two_go_on_from_one_and_a_killed_rank_loses_nothing(tiny_llama: Path, wh
     with pytest.raises(KeyboardInterrupt):
         luthier.train(recipe_for(tiny_llama, tmp_path, "run"), progress=At(2, press_ctrl_c))
     recipe = recipe_for(tiny_llama, tmp_path, "run", devices=2)
-    with pytest.raises(ProcessLostError, match=r"rank 1 of 2 ended the training: its process was killed by signal 9"):
-        luthier.train(recipe, resume=True, progress=At(random.randint(3, 7), kill_a_rank))
+    kill_and_resume(recipe, NUM_STEPS - 12)
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert state["status"] == "failed"
-    assert "rank 1 of 2" in state["problem"]
+    assert "of 2 ended the training" in state["problem"]
     assert not children_running("luthier.worker.launch.process")
     with pytest.raises(RunError, match="batch_size: was 8, is 4"):
         luthier.train(recipe_for(tiny_llama, tmp_path, "run", batch_size=4), resume=True)
@@ -170,14 +198,28 @@ def test_two_go_on_from_one_and_a_killed_rank_loses_nothing(tiny_llama: Path, wh
     assert_equal_runs(tmp_path / "run", whole)
 
 
-def test_torchrun_starts_it_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+        pytest.param(["deepspeed.launcher.runner", "--quiet", "--num_gpus", "2", "--module"], marks=needs_deepspeed),
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_launchers_start_it_as_it_is(launcher: list[str], tiny_llama: Path, tmp_path: Path) -> None:
     """With a method that owns its base."""
     settings = {"method": "full", "learning_rate": 1e-3, "max_steps": 4}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_for(tiny_llama, tmp_path, "two", **settings)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    name, *flags = launcher
+    if name.startswith("deepspeed"):
+        flags = ["--master_port", str(free_port()), *flags]
     done = subprocess.run(
-        [*command, "-m", "luthier.cli.main", "train", str(file), "--json"], capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", name, *flags, "luthier.cli.main", "train", str(file), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)

@@ -56,6 +56,8 @@ def root(
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
+    # DeepSpeed's launcher puts it before a program's own arguments, and says the same in LOCAL_RANK, which is read.
+    local_rank: int | None = typer.Option(None, "--local_rank", hidden=True),
 ) -> None:
     """Fine-tune open language models, many jobs on one frozen base."""
     context.obj = Where(server, key)

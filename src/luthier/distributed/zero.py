@@ -9,10 +9,12 @@ Gradients are summed, not averaged, for a job's loss is over the whole optimizer
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -26,6 +28,7 @@ from luthier.engine.adamw import MOMENTS
 from luthier.engine.optimizer import JobOptimizer
 from luthier.engine.ranks import Ranks
 from luthier.engine.zero_states import ModelStates, model_states
+from luthier.errors import RecipeError
 from luthier.types import TrainSpec
 
 WEIGHTS_STAGE = 3
@@ -73,6 +76,18 @@ class ZeroOptimizer(JobOptimizer):
     @property
     def is_sharded(self) -> bool:
         return self._engine is not None
+
+    @property
+    def partitions(self) -> Any:
+        """DeepSpeed's optimizer, which has this rank's parts; None while everything is whole."""
+        return self._engine.optimizer if self._engine is not None else None
+
+    def stepped_parts(self) -> list[Tensor]:
+        """This rank's parts of the values that are stepped, flat, a tensor a group."""
+        inner = self._engine.optimizer
+        if self.stage == WEIGHTS_STAGE:
+            return list(inner.fp32_partitioned_groups_flat)
+        return list(inner.single_partition_of_fp32_groups)
 
     # -- sharing out, and gathering again: all ranks alike
 
@@ -182,6 +197,8 @@ class ZeroOptimizer(JobOptimizer):
         found = float(self._engine.get_global_grad_norm())
         if not self._engine.was_step_applied():
             return math.inf, rate
+        # DeepSpeed writes past autograd's count of writes, by which what is derived of a parameter is told stale.
+        torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.num_steps += 1
         return found, rate
 
@@ -222,10 +239,7 @@ class ZeroOptimizer(JobOptimizer):
         if self.num_steps == 0:
             return
         inner = self._engine.optimizer
-        flats = (
-            inner.fp32_partitioned_groups_flat if self.stage == WEIGHTS_STAGE else inner.single_partition_of_fp32_groups
-        )
-        for flat in flats:
+        for flat in self.stepped_parts():
             step = torch.tensor(float(self.num_steps), device=flat.device)
             inner.optimizer.state[flat] = {"step": step, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
         if self.stage < WEIGHTS_STAGE:
@@ -301,9 +315,30 @@ def import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed takes the device from it alone
     # It sets its own level as it is loaded, and writes to standard output, which belongs to results: a filter stays.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # how it gathers
     import deepspeed
 
     return deepspeed
+
+
+def check_config(config: Mapping[str, Any], device: torch.device, file: str) -> None:
+    """Let DeepSpeed read a configuration that holds values of a user's.
+
+    Args:
+        file: Where they stand, for the error.
+
+    Raises:
+        RecipeError: for a value that it does not take.
+    """
+    import_deepspeed(device)
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        with _quiet():
+            DeepSpeedConfig(copy.deepcopy(dict(config)))
+    except (AssertionError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{file}: DeepSpeed does not take it: {reason}", fix="mend that value") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 BUCKET_VALUES = 20_000_000
@@ -9,7 +10,13 @@ BUCKET_VALUES = 20_000_000
 
 
 def zero_config(
-    stage: int, offload: str, max_grad_norm: float, *, is_bfloat16: bool, largest_kept_whole: int
+    stage: int,
+    offload: str,
+    max_grad_norm: float,
+    *,
+    is_bfloat16: bool,
+    largest_kept_whole: int,
+    own: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The configuration of one job.
 
@@ -20,6 +27,7 @@ def zero_config(
         max_grad_norm: Clipping; 0 for none.
         is_bfloat16: Whether what trains is held so; it is then stepped in float32.
         largest_kept_whole: At stage 3, parameters of at most so many values stay whole on every rank.
+        own: A user's values, as `luthier/deepspeed_file.py` passes them on.
     """
     zero: dict[str, Any] = {
         "stage": stage,
@@ -36,7 +44,7 @@ def zero_config(
         zero["offload_optimizer"] = {"device": "cpu"}
     if offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
-    return {
+    ours: dict[str, Any] = {
         # Batches are Luthier's: what DeepSpeed calls a micro-batch is one backward.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -49,3 +57,13 @@ def zero_config(
         "steps_per_print": None,
         **({"bf16": {"enabled": True}} if is_bfloat16 else {}),
     }
+    return _merged(ours, own or {})
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, section by section; theirs where both have a value."""
+    merged = dict(ours)
+    for name, value in theirs.items():
+        section = merged.get(name)
+        merged[name] = _merged(section, value) if isinstance(section, dict) and isinstance(value, dict) else value
+    return merged

@@ -91,10 +91,14 @@ def device_of(recipe: Recipe) -> str:
 
 def placed_on(recipe: Recipe, device: str, folder: Path) -> Placement:
     """Where the recipe's base, or what there is of it in `folder`, is held on a device that need not be here."""
-    dtype = recipe.train.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return Placement(folder, device, dtype, recipe.method.quantization)
+    return Placement(folder, device, dtype_on(recipe, device), recipe.method.quantization)
+
+
+def dtype_on(recipe: Recipe, device: str) -> str:
+    """The base's precision on a device."""
+    if recipe.train.dtype != "auto":
+        return recipe.train.dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def check_optimizer(recipe: Recipe, device: str) -> None:

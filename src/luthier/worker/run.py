@@ -124,7 +124,7 @@ class Run:
             check_writable(slot, base)
         if self.data.task.objective == "preference":
             self._settle_reference(slot)  # before a checkpoint's values come into the slot
-        make = optimizer_maker(self.recipe, base, slot, self.ranks)
+        make = optimizer_maker(self.recipe, base, slot, self.ranks, self.progress.note)
         self.job = TrainingJob(self.name, slot, self.data.examples, self.recipe.train.spec(), make)
         if checkpoint is not None:
             extra = load_checkpoint(checkpoint, self.job, base)

@@ -27,7 +27,7 @@ LOCK_FILE, HOLDER_FILE = ".lock", ".holder.json"
 LOG_FILE = "log.txt"
 """What a run in the background has said."""
 
-MAY_CHANGE = ("output", "compute.devices", "compute.zero", "compute.offload")
+MAY_CHANGE = ("output", "compute.devices", "compute.zero", "compute.offload", "compute.deepspeed")
 """Fields in which a resume may differ: where the folder is now, over how many processes it goes on, and what of the
 states they share out."""
 
