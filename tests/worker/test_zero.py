@@ -137,7 +137,7 @@ def test_a_killed_rank_loses_nothing_and_other_ranks_and_stages_go_on(tiny_llama
 @needs_deepspeed
 def test_bfloat16_goes_on_from_the_float32_that_is_stepped(tiny_llama: Path, tmp_path: Path) -> None:
     """From stage 2 with an offloaded optimizer to stage 3, as one that was not stopped."""
-    settings: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "dtype": "bfloat16", "epochs": 2}
+    settings: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "dtype": "bfloat16", "epochs": 4}
     whole = luthier.train(zero_recipe(tiny_llama, tmp_path, "whole", devices=2, zero=2, **settings)).folder
     begun = zero_recipe(tiny_llama, tmp_path, "run", devices=2, zero=2, **settings)
     begun["compute"]["offload"] = "optimizer"
