@@ -256,6 +256,11 @@ def _overhead_lines(facts: dict[str, Any]) -> list[str]:
         "processor time, and of wall time, which others on the machine disturb. `plain` has the fast body (lora), which"
     ]
     lines += ["ZeRO cannot use: without ZeRO, `compute.devices: 1` is `plain` itself.", ""]
+    values = facts["overhead"][0]["settings"]
+    lines += [
+        f"{values['base']}, {values['set']}: {values['steps']} steps of {values['batch_size']} rows, so that what a"
+    ]
+    lines += ["step costs besides its rows weighs more than in larger ones.", ""]
     lines += ["| method | way | tokens / processor s | of plain | from - to | tokens / s | MiB |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in facts["overhead"]:
