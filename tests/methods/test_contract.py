@@ -28,7 +28,8 @@ from tiny_models import write_tiny_llama
 from torch import Tensor
 
 import luthier
-from luthier.base.load import load_base, load_model
+from luthier.base.load import load_base
+from luthier.base.model import load_model
 from luthier.base.outline import outline
 from luthier.checkpoints.peft_format import slot_from_adapter
 from luthier.errors import RecipeError

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from luthier.base.encoder import Encoder
-from luthier.base.load import torch_dtype
+from luthier.base.model import torch_dtype
 from luthier.base.outline import read_config
 from luthier.data.encoders import is_encoder
 

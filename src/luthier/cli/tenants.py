@@ -157,7 +157,7 @@ def backup_command(
     data: Data = None,
     blobs_only: BlobsOnly = False,
 ) -> None:
-    """Copy database and blobs into a new folder, while the service runs. For SQLite; PostgreSQL has pg_dump."""
+    """Copy database and blobs into a new folder, while the service runs. PostgreSQL: pg_dump, then --blobs-only."""
     from luthier.registry.backup import back_up, back_up_blobs
 
     refuse_server(context, "backup")

@@ -39,6 +39,9 @@ sizes leave in the heap. `benchmarks/plan.py` fits both."""
 MARGIN = 0.8
 """Share of the free memory that a run may plan to take."""
 
+UNLIMITED = 2**62
+"""Bytes, of a container without a limit."""
+
 
 @dataclass(frozen=True, slots=True)
 class JobCosts:
@@ -243,22 +246,21 @@ def total_bytes(device: torch.device) -> int:
     return min(psutil.virtual_memory().total, _cgroup_limit())
 
 
-def _cgroup_limit() -> int:
-    try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        return int(text) if text != "max" else 2**62
-    except (OSError, ValueError):
-        return 2**62
-
-
 def _cgroup_room() -> int:
     """Room under a container's memory limit; practically unlimited where there is none."""
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            text = limit.read().strip()
-            return int(text) - int(current.read()) if text != "max" else 2**62
+        return _cgroup_limit() - int(Path("/sys/fs/cgroup/memory.current").read_text())
     except (OSError, ValueError):
-        return 2**62
+        return UNLIMITED
+
+
+def _cgroup_limit() -> int:
+    """What a container may take of the memory."""
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        return int(text) if text != "max" else UNLIMITED
+    except (OSError, ValueError):
+        return UNLIMITED
 
 
 def measured_costs(base: Base, job: TrainingJob, vocabulary_size: int | None = None) -> JobCosts:

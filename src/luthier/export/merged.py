@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from luthier.base.adapter_files import read_adapter
 from luthier.base.folder import weight_files
 from luthier.base.identity import BaseKey, read_trained_over
-from luthier.base.load import DTYPES, load_base
+from luthier.base.load import load_base
+from luthier.base.model import DTYPES
 from luthier.base.nf4 import dequantize_into
 from luthier.checkpoints.peft_format import CLASSIFIER_FOLDER, check_writable, classifier_config, head_kind
 from luthier.checkpoints.peft_read import slot_from_adapter

@@ -9,7 +9,7 @@ import torch
 
 from luthier.base.adapter_files import CONFIG_FILE
 from luthier.base.folder import read_json
-from luthier.base.load import DTYPES
+from luthier.base.model import DTYPES
 from luthier.checkpoints.peft_format import head_kind
 from luthier.checkpoints.peft_names import HEAD
 from luthier.errors import ModelError

@@ -15,7 +15,8 @@ from luthier.base.adapter_files import CONFIG_FILE, read_adapter
 from luthier.base.fetch import resolve
 from luthier.base.folder import read_json
 from luthier.base.identity import read_trained_over
-from luthier.base.load import Base, load_model
+from luthier.base.load import Base
+from luthier.base.model import load_model
 from luthier.checkpoints.peft_format import slot_from_adapter
 from luthier.data.encoders import is_encoder
 from luthier.data.template import Renderer

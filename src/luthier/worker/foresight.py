@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from luthier.base.folder import read_json
-from luthier.base.load import Base, torch_dtype
+from luthier.base.load import Base
+from luthier.base.model import torch_dtype
 from luthier.base.outline import Outline, outline
 from luthier.base.skeleton import CUT_VOCABULARY, skeleton
 from luthier.data.encoders import is_encoder, num_positions

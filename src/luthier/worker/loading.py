@@ -15,7 +15,8 @@ from luthier.base.adapter_files import MULTILABEL
 from luthier.base.catalogue import find
 from luthier.base.fetch import resolve
 from luthier.base.folder import read_json, weight_files
-from luthier.base.load import Base, load_base, load_model
+from luthier.base.load import Base, load_base
+from luthier.base.model import load_model
 from luthier.base.own import OwnBase
 from luthier.checkpoints.peft_format import slot_from_adapter
 from luthier.checkpoints.peft_names import HEAD

@@ -14,7 +14,7 @@ import torch
 
 from luthier.base.fetch import tokenizer_folder
 from luthier.base.folder import weight_files
-from luthier.base.load import torch_dtype
+from luthier.base.model import torch_dtype
 from luthier.base.outline import outline, read_config
 from luthier.data.check import train_files
 from luthier.data.prepare import PreparedData

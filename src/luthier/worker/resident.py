@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from luthier.base.adapter_files import CONFIG_FILE
-from luthier.base.load import Base, load_model
+from luthier.base.load import Base
+from luthier.base.model import load_model
 from luthier.data.template import Renderer
 from luthier.engine.pack import BASE_SLOT
 from luthier.extras import require_bitsandbytes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.base.load import load_model
+from luthier.base.model import load_model
 from luthier.base.outline import without_weights
 from luthier.base.own import OwnBase
 from luthier.engine.own import OwnSlot

@@ -7,8 +7,7 @@
 The text is tokenized as a whole, as it is when the tuned model is used elsewhere, and a token belongs to the words
 whose characters it covers. A causal model has seen the whole of a word only at its last token, so the tag is read
 there; read twice, it has seen the words that follow too. An encoder sees the whole text at every token, and reads it
-once. Where one token ends two words, both have its tag: the first
-word's, or if that is O the second's.
+once. Where one token ends two words, both have its tag: the first word's, or if that is O the second's.
 
 A text that is too long is split into windows at the ends of words, each read by itself; no word is lost.
 """
